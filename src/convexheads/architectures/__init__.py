@@ -1,0 +1,24 @@
+"""One file a head. Importing this package registers all of them."""
+
+from convexheads.architectures import block_fno, fno, linear, mixer, mlp, self_attention
+from convexheads.architectures.base import (
+    ARCHITECTURES,
+    Architecture,
+    Stats,
+    architecture_class,
+    register,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Stats",
+    "architecture_class",
+    "block_fno",
+    "fno",
+    "linear",
+    "mixer",
+    "mlp",
+    "register",
+    "self_attention",
+]

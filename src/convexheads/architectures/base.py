@@ -1,0 +1,161 @@
+"""What an architecture is: two maps, a registry, and the evaluation that follows from them.
+
+Every head is a sum of units, each bilinear in a mixing weight u and a value weight v:
+
+    f(X) = sum_j values(X, M o hidden(X, u_j)) v_j
+
+``hidden`` is linear in u, ``values`` linear in its second argument, M a 0/1 mask or absent, and v_j in R^{k x c}
+acts on the last axis. Everything else (gates, gradients, adjoints, solver, certificate, module) is generic.
+
+A *form* evaluates the unit features M o hidden -> values for one activation and pooling. The architecture
+itself is the plain form, straight from the definition; ``reductions`` names cheaper forms with the same outputs
+and the same norms (THEORY: lossless pooling reductions), which tests hold against the plain one.
+
+Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convexheads.errors import InputError, describe
+
+Stats = tuple[Tensor, ...]
+
+ARCHITECTURES: dict[str, type[Architecture]] = {}
+
+
+def register(cls: type[Architecture]) -> type[Architecture]:
+    """Make an architecture known by its ``name``; this also enrols it in the contract tests."""
+    ARCHITECTURES[cls.name] = cls
+    return cls
+
+
+def architecture_class(name: str) -> type[Architecture]:
+    """The architecture registered under ``name``; raises InputError for an unknown one."""
+    if name not in ARCHITECTURES:
+        raise InputError("head: " + describe(repr(name), "one of " + ", ".join(sorted(ARCHITECTURES))))
+    return ARCHITECTURES[name]
+
+
+class Architecture:
+    """Base of all heads, and their plain form.
+
+    Parameters
+    ----------
+    tokens, features, outputs : sizes s, d and c.
+    pooled : True if the s output rows are averaged.
+    grid : (h, w) with h * w = s, for heads that know token neighbourhoods; None for a sequence.
+    n_blocks : number of channel groups, for heads that split channels.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    """Which of ``grid`` and ``n_blocks`` this head uses; giving another one is an error."""
+    ridge: ClassVar[bool] = False
+    """True for a head without mixing weights: penalty (beta/2) ||v||_F^2 instead of a nuclear norm."""
+    reductions: ClassVar[dict[tuple[str, bool], type[Architecture]]] = {}
+    """(activation, pooled) -> a cheaper form with the same outputs and norms."""
+
+    def __init__(
+        self,
+        tokens: int,
+        features: int,
+        outputs: int,
+        pooled: bool = True,
+        grid: tuple[int, int] | None = None,
+        n_blocks: int = 1,
+    ) -> None:
+        self.tokens, self.features, self.outputs = tokens, features, outputs
+        self.pooled, self.grid, self.n_blocks = pooled, grid, n_blocks
+        if grid is not None and grid[0] * grid[1] != tokens:
+            raise InputError(
+                "grid: "
+                + describe(
+                    f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens",
+                    f"h * w = s = {tokens}, the number of tokens of X",
+                    "Pass grid=None for a one-dimensional sequence.",
+                )
+            )
+
+    @property
+    def u_shape(self) -> tuple[int, ...]:
+        """Shape of one mixing weight."""
+        raise NotImplementedError
+
+    @property
+    def value_width(self) -> int:
+        """k, the number of features of one unit that v acts on."""
+        raise NotImplementedError
+
+    @property
+    def workspace(self) -> int:
+        """Numbers held at once for one unit and one sample; decides how many samples are taken at a time."""
+        return self.tokens * (self.tokens + self.features)
+
+    @property
+    def u_matrix(self) -> tuple[int, int]:
+        """Sizes (a, b) with a * b = p in which u is seen as a matrix by Kronecker-factored preconditioners."""
+        shape = self.u_shape
+        return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
+
+    @property
+    def groups(self) -> list[tuple[slice, slice]]:
+        """(input channels, outputs) of each independent channel group; one group unless overridden."""
+        return [(slice(0, self.features), slice(0, self.outputs))]
+
+    def hidden(self, X: Tensor, u: Tensor) -> Tensor:
+        """pre(X, u) for every sample and unit: X (n, s, d), u (m, *u_shape) -> (n, m, *hidden shape)."""
+        raise NotImplementedError
+
+    def values(self, X: Tensor, H: Tensor) -> Tensor:
+        """What v acts on: X (n, s, d), H (n, m, *hidden shape) -> (n, m, s, k)."""
+        raise NotImplementedError
+
+    def form(self, activation: str) -> Architecture:
+        """The cheapest form for this activation; the same object where there is no reduction."""
+        reduced = self.reductions.get((activation, self.pooled))
+        if reduced is None:
+            return self
+        return reduced(self.tokens, self.features, self.outputs, self.pooled, self.grid, self.n_blocks)
+
+    def masks(self, X: Tensor, gates: Tensor) -> Tensor:
+        """1[hidden(X, h) >= 0] for each gate h: (n, P, *hidden shape), boolean.
+
+        Evaluated in float64: a sign that depends on rounding would give the network another mask than the
+        certificate.
+        """
+        return self.hidden(X.double(), gates.double()) >= 0
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        """Per-sample tensors (first axis n) that ``unit_features`` needs; computed once, kept if they fit."""
+        return (X,) if gates is None else (X, self.masks(X, gates))
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        """Features that v acts on, linear in u.
+
+        u (m, *u_shape), gate (m,) the gate of each unit -> (n, m, k) pooled, (n, s, m, k) token-level.
+        """
+        H = self.hidden(stats[0], u)
+        if gate is not None:
+            H = H * stats[1][:, gate]
+        T = self.values(stats[0], H)
+        return T.mean(2) if self.pooled else T.transpose(1, 2)
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        """``unit_features`` of the unit vectors e_rows of u's space: override where that is cheaper."""
+        p = 1
+        for size in self.u_shape:
+            p *= size
+        start, stop, _ = rows.indices(p)
+        basis = torch.zeros(stop - start, p, dtype=stats[0].dtype, device=stats[0].device)
+        basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        index = None if gate is None else torch.full((stop - start,), gate, device=basis.device)
+        return self.unit_features(stats, basis.view(-1, *self.u_shape), index)
+
+    def lift(self, u: Tensor) -> Tensor:
+        """Mixing weights (m, *u_shape) of this form -> those of the plain form, same outputs and norms."""
+        return u

@@ -1,0 +1,71 @@
+"""MLP-mixer: f(X) = sum_j (W1_j X) W2_j; u = W1 in R^{s x s} mixes tokens, v = W2 in R^{d x c} features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexheads.architectures.base import Architecture, Stats, register
+
+
+class PooledLinearMixer(Architecture):
+    """The mean over rows only sees the mean row of W1: B(u, v) = s^{-1/2} u X W2 with u in R^s."""
+
+    name = "mixer"
+
+    @property
+    def u_shape(self) -> tuple[int, ...]:
+        return (self.tokens,)
+
+    @property
+    def value_width(self) -> int:
+        return self.features
+
+    @property
+    def workspace(self) -> int:
+        return self.features
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        return (u * self.tokens**-0.5) @ stats[0]
+
+    def lift(self, u: Tensor) -> Tensor:
+        # W1 with all rows equal to u / sqrt(s): same norm, and the mean over rows is s^{-1/2} u X.
+        return (u * self.tokens**-0.5)[:, None, :].expand(-1, self.tokens, -1)
+
+
+@register
+class Mixer(Architecture):
+    """The definition: hidden = W1 X (s x d), values = hidden."""
+
+    name = "mixer"
+    reductions = {("linear", True): PooledLinearMixer}
+
+    @property
+    def u_shape(self) -> tuple[int, ...]:
+        return (self.tokens, self.tokens)
+
+    @property
+    def value_width(self) -> int:
+        return self.features
+
+    @property
+    def workspace(self) -> int:
+        return self.tokens * self.features
+
+    def hidden(self, X: Tensor, u: Tensor) -> Tensor:
+        m, s = u.shape[0], self.tokens
+        return (u.reshape(m * s, s) @ X).view(len(X), m, s, self.features)
+
+    def values(self, X: Tensor, H: Tensor) -> Tensor:
+        return H
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        X = stats[0]
+        index = torch.arange(self.tokens**2, device=X.device)[rows]
+        t, q = index // self.tokens, index % self.tokens
+        row = X[:, q] if gate is None else X[:, q] * stats[1][:, gate][:, t]
+        if self.pooled:
+            return row / self.tokens
+        T = torch.zeros(len(X), self.tokens, len(index), self.features, dtype=X.dtype, device=X.device)
+        T[:, t, torch.arange(len(index), device=X.device)] = row
+        return T

@@ -1,0 +1,95 @@
+"""Self-attention without softmax: f(X) = sum_j (X W1_j X^T) X W2_j (the paper's equation for one head).
+
+u = W1 in R^{d x d} holds query times key, v = W2 in R^{d x c} value times output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexheads.architectures.base import Architecture, Stats, register
+
+
+class _Pooled(Architecture):
+    @property
+    def u_shape(self) -> tuple[int, ...]:
+        return (self.features, self.features)
+
+    @property
+    def value_width(self) -> int:
+        return self.features
+
+
+class PooledLinearSelfAttention(_Pooled):
+    """Mean over rows of (X W1 X^T) X W2 = xbar^T W1 G W2, with xbar the mean token and G = X^T X."""
+
+    name = "self_attention"
+
+    @property
+    def workspace(self) -> int:
+        return self.features
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        return X.mean(1), X.mT @ X
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        mean, gram = stats
+        m, d = u.shape[0], self.features
+        mixed = (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d)
+        return mixed @ gram
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        mean, gram = stats
+        index = torch.arange(self.features**2, device=mean.device)[rows]
+        a, k = index // self.features, index % self.features
+        return mean[:, a, None] * gram[:, k]
+
+
+class PooledGatedSelfAttention(_Pooled):
+    """1^T (M o X W1 X^T) X = sum_q ((M^T X)_q^T W1 x_q) x_q^T with M^T X computed once a gate."""
+
+    name = "self_attention"
+
+    @property
+    def workspace(self) -> int:
+        return self.tokens * self.features
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        assert gates is not None
+        plain = SelfAttention(self.tokens, self.features, self.outputs)
+        masks = plain.masks(X, gates).to(X.dtype)
+        return X, masks.mT @ X[:, None] / self.tokens
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        X, selected = stats
+        n, s, d = X.shape
+        m = u.shape[0]
+        # One large product X W1^T for all units, then a dot product with (M^T X) of the unit's gate.
+        keys = (X.reshape(n * s, d) @ u.permute(2, 0, 1).reshape(d, m * d)).view(n, s, m, d)
+        weights = (keys * selected[:, gate].transpose(1, 2)).sum(-1)
+        return weights.mT @ X
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        X, selected = stats
+        index = torch.arange(self.features**2, device=X.device)[rows]
+        a, k = index // self.features, index % self.features
+        pairs = selected[:, gate][:, :, a] * X[:, :, k]
+        return pairs.mT @ X
+
+
+@register
+class SelfAttention(_Pooled):
+    """The definition: hidden = X W1 X^T (s x s), values = hidden X (s x d)."""
+
+    name = "self_attention"
+    reductions = {
+        ("linear", True): PooledLinearSelfAttention,
+        ("gated_relu", True): PooledGatedSelfAttention,
+    }
+
+    def hidden(self, X: Tensor, u: Tensor) -> Tensor:
+        return X[:, None] @ u @ X[:, None].mT
+
+    def values(self, X: Tensor, H: Tensor) -> Tensor:
+        return H @ X[:, None]

@@ -1,0 +1,174 @@
+"""Certificates of optimality: factors + problem -> primal, dual and gap, in float64. Knows no solver.
+
+Dual of the convex program, with f*(L) = sup_O <L, O> - f(O):
+
+    max_L  -f*(L) - sum_ridge ||A_h^* L||_F^2 / (2 beta w_h)
+    s.t.   sigma_max(A_g^* L) <= beta w_g for every block g,   sum_i L_i = 0 where an intercept is free.
+
+From any factors take L = gradient of f at their outputs, scale it by the alpha that makes it feasible and its
+value largest, and report gap = primal - dual >= primal - optimum >= 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from convexheads.problem import Problem
+from convexheads.spectral import largest_singular_value, nuclear_norm
+from convexheads.types import Factors, Interval
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a solution is at most from the global optimum.
+
+    Attributes
+    ----------
+    primal : objective of the solution.
+    dual : value of a feasible dual point: no solution of the program, hence no network, can be below it.
+    gap, relative_gap : primal - dual, and gap / primal.
+    sigma_max : bounds on max_g sigma_max(A_g^* L) / w_g at L = gradient of the loss; at the optimum it is beta.
+    certified : True only where the upper end of ``sigma_max`` is proved, not estimated.
+    beta : the weight decay of the program.
+    alpha : the factor that scaled L to feasibility.
+    """
+
+    primal: float
+    dual: float
+    gap: float
+    relative_gap: float
+    sigma_max: Interval
+    certified: bool
+    beta: float
+    alpha: float
+
+    def as_dict(self) -> dict:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Certificate:
+        return cls(**{**values, "sigma_max": Interval(**values["sigma_max"])})
+
+
+def penalty(problem: Problem, factors: Factors) -> float:
+    """beta sum_g w_g ||Z_g||_* + (beta / 2) sum_ridge w_h ||W||_F^2, in float64."""
+    total = 0.0
+    for component, units in zip(problem.components, factors.units, strict=True):
+        weight = problem.penalty_weight(component)
+        if units.u is None:
+            total += 0.5 * weight * float(units.v.double().square().sum())
+            continue
+        u, v = units.u.double().flatten(1), units.v.double().flatten(1)
+        if units.gate is None:
+            total += weight * nuclear_norm(u, v)
+            continue
+        for g in range(component.n_gates):
+            own = units.gate == g
+            total += weight * nuclear_norm(u[own], v[own])
+    return total
+
+
+def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float) -> tuple[float, float]:
+    """Largest value of the dual on the ray alpha L: (value, alpha).
+
+    ``upper`` bounds the feasible alpha of the nuclear blocks, ``ridge`` is sum_h ||A_h^* L||_F^2 / (2 beta w_h).
+    """
+    targets, weights = problem.targets_of(slice(0, problem.n), L.dtype)
+    # Stay inside the domain of the conjugate: on its border rounding could step outside.
+    upper = min(upper, problem.loss.max_scale(L, targets, weights) * (1 - 1e-12), 2.0)
+    upper = max(upper, 0.0)
+
+    def value(alpha: float) -> float:
+        return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
+
+    found = minimize_scalar(
+        lambda alpha: -value(alpha), bounds=(0.0, upper), method="bounded", options={"xatol": 1e-10}
+    )
+    candidates = [(value(alpha), alpha) for alpha in {upper, min(1.0, upper), float(found.x)}]
+    return max(candidates)
+
+
+def rescaled_bound(
+    problem: Problem,
+    O: Tensor,
+    L: Tensor,
+    sigma: Interval,
+    ridge: float,
+    primal: float,
+    intercept: Tensor | None,
+) -> Certificate:
+    """The certificate from outputs, dual point and a bound on its largest singular value."""
+    upper = problem.beta / sigma.upper if sigma.upper > 0 else math.inf
+    value, alpha = dual_value(problem, L, upper, ridge)
+    if intercept is not None:
+        # What rounding leaves of sum_i L_i = 0 costs at most its product with the best intercept.
+        rest = float(L.reshape(-1, problem.outputs).sum(0).norm())
+        value -= alpha * rest * (2.0 * float(intercept.norm()) + 1.0)
+    gap = primal - value
+    relative = gap / primal if primal > 0 else (0.0 if gap == 0 else math.inf)
+    return Certificate(primal, value, gap, relative, sigma, sigma.proved, problem.beta, alpha)
+
+
+def dual_point(problem: Problem, O: Tensor) -> Tensor:
+    """L = gradient of the loss at outputs O, shape of O."""
+    targets, weights = problem.targets_of(slice(0, problem.n), O.dtype)
+    return problem.loss.gradient(O, targets, weights)
+
+
+def bound_sigma(problem: Problem, L: Tensor) -> tuple[Interval, float]:
+    """Bounds on max_g sigma_max(A_g^* L) / w_g, and the ridge branches' sum ||A_h^* L||_F^2 / (2 beta w_h)."""
+    lower, upper, ridge = 0.0, 0.0, 0.0
+    methods: set[str] = set()
+    proved = True
+    for k, component in enumerate(problem.components):
+        for gate in problem.gates_of(k):
+            gamma = problem.gamma(L, k, gate)
+            if component.ridge:
+                ridge += float(gamma.square().sum()) / (2.0 * problem.penalty_weight(component))
+                continue
+            found = largest_singular_value(gamma)
+            lower = max(lower, found.lower / component.weight)
+            upper = max(upper, found.upper / component.weight)
+            methods.add(found.method)
+            proved = proved and found.proved
+    return Interval(lower, upper, ", ".join(sorted(methods)) or "no nuclear block", proved), ridge
+
+
+def refit_intercept(problem: Problem, factors: Factors) -> tuple[Factors, Tensor]:
+    """Factors with the intercept solved to optimality, and their outputs, both in float64."""
+    factors = factors.to(torch.float64)
+    O = problem.forward(factors, torch.float64, cached=problem.dtype == torch.float64)
+    if factors.intercept is None:
+        return factors, O
+    bare = O - factors.intercept
+    b = problem.best_intercept(bare, factors.intercept)
+    return replace(factors, intercept=b), bare + b
+
+
+def certify_factors(problem: Problem, factors: Factors, network: bool = False) -> Certificate:
+    """Certificate of factors for a problem.
+
+    Parameters
+    ----------
+    network : False takes the convex program's objective (nuclear norms) as primal, True the weight decay of the
+        units as they are: then the gap is that of the network itself, with its own intercept.
+
+    The dual point always comes from outputs with the best intercept, as sum_i L_i = 0 demands.
+    """
+    factors = factors.to(torch.float64)
+    refitted, O = refit_intercept(problem, factors)
+    targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
+    if network:
+        primal = problem.value(factors, torch.float64)
+    else:
+        shift = O if factors.intercept is None else O - refitted.intercept + factors.intercept
+        primal = problem.loss.value(shift, targets, weights) + penalty(problem, factors)
+    L = dual_point(problem, O)
+    sigma, ridge = bound_sigma(problem, L)
+    return rescaled_bound(problem, O, L, sigma, ridge, primal, refitted.intercept)

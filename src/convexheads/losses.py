@@ -1,0 +1,220 @@
+"""Losses: value, gradient, curvature and convex conjugate.
+
+A loss is f(O) = sum_i a_i l(o_i, y_i) over samples i with weights a_i >= 0 that sum to one. Outputs ``O`` and
+targets ``Y`` have shape (n, c), or (n, s, c) for token-level outputs, whose tokens are summed within a sample;
+weights ``a`` have shape (n,). ``L`` denotes a dual point of the shape of ``O``; L = gradient(O) is the one that
+certificates start from, and L_i / a_i the argument of the conjugate l* of one sample.
+
+To add a loss: subclass :class:`Loss`, fill in the per-entry methods, decorate it with :func:`register`; the
+contract tests then check the gradient, the curvature and Fenchel-Young by themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from convexheads.errors import InputError, describe
+
+LOSSES: dict[str, type[Loss]] = {}
+
+
+def register(cls: type[Loss]) -> type[Loss]:
+    """Make a loss known by its ``name``; this also enrols it in the contract tests."""
+    LOSSES[cls.name] = cls
+    return cls
+
+
+def make_loss(name: str) -> Loss:
+    """The loss registered under ``name``; raises InputError for an unknown one."""
+    if name not in LOSSES:
+        raise InputError("loss: " + describe(repr(name), "one of " + ", ".join(sorted(LOSSES))))
+    return LOSSES[name]()
+
+
+def _expand(weights: Tensor, outputs: Tensor) -> Tensor:
+    return weights.to(outputs.dtype).reshape(-1, *[1] * (outputs.ndim - 1))
+
+
+class Loss(ABC):
+    """A convex loss of the outputs of one token or one pooled sample, weighted and summed."""
+
+    name: str
+
+    @abstractmethod
+    def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
+        """l(o, y), shape of ``O`` without the last axis."""
+
+    @abstractmethod
+    def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
+        """Gradient of l with respect to o, shape of ``O``."""
+
+    @abstractmethod
+    def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        """Hessian of l at o times ``D``, shape of ``O``."""
+
+    @abstractmethod
+    def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        """R D with R R^T the Hessian of l at o, shape of ``O``: turns white noise into Hessian noise."""
+
+    @abstractmethod
+    def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        """sum_i a_i of the Hessians (c, c), over tokens too: what preconditioners use."""
+
+    @abstractmethod
+    def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
+        """l*(g) = sup_o <g, o> - l(o, y), shape of ``G`` without the last axis; g in the domain."""
+
+    @abstractmethod
+    def entry_max_scale(self, G: Tensor, Y: Tensor) -> Tensor:
+        """Largest alpha such that alpha g stays in the domain of l* (infinite where unbounded)."""
+
+    def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
+        """``G`` with rounding errors outside the domain of l* removed."""
+        return G
+
+    def value(self, O: Tensor, Y: Tensor, a: Tensor) -> float:
+        """f(O), summed in float64 whatever the dtype of ``O``."""
+        entries = self.entry_value(O, Y).double()
+        return float((entries.reshape(len(entries), -1).sum(1) * a.double()).sum())
+
+    def gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        """Gradient of f, shape of ``O``."""
+        return self.entry_gradient(O, Y) * _expand(a, O)
+
+    def hessian_product(self, O: Tensor, Y: Tensor, a: Tensor, D: Tensor) -> Tensor:
+        """Hessian of f at ``O`` times ``D``, shape of ``O``."""
+        return self.entry_hessian_product(O, Y, D) * _expand(a, O)
+
+    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
+        """f*(L) = sum_i a_i l*(L_i / a_i); samples of weight zero must have L_i = 0."""
+        used = a > 0
+        weights = a[used].to(L.dtype)
+        G = self.entry_project(L[used] / _expand(weights, L), Y[used])
+        entries = self.entry_conjugate(G, Y[used])
+        return float((entries.reshape(len(entries), -1).sum(1) * weights).sum())
+
+    def max_scale(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
+        """Largest alpha with alpha L in the domain of f*."""
+        used = a > 0
+        return float(self.entry_max_scale(L[used] / _expand(a[used], L), Y[used]).min())
+
+
+@register
+class CrossEntropy(Loss):
+    """Softmax cross-entropy with target distributions: l(o, t) = logsumexp(o) - <t, o>.
+
+    A hard label is the distribution with all its mass on one class; label smoothing and mixup give soft ones.
+    l*(g) = sum_k r_k log r_k with r = g + t in the simplex.
+    """
+
+    name = "cross_entropy"
+
+    def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
+        return torch.logsumexp(O, -1) - (Y * O).sum(-1)
+
+    def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
+        return torch.softmax(O, -1) - Y
+
+    def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        p = torch.softmax(O, -1)
+        return p * (D - (p * D).sum(-1, keepdim=True))
+
+    def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        # R = diag(sqrt p) - p sqrt(p)^T, because R R^T = diag(p) - p p^T for p in the simplex.
+        p = torch.softmax(O, -1)
+        root = p.sqrt()
+        return root * D - p * (root * D).sum(-1, keepdim=True)
+
+    def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        p = torch.softmax(O, -1)
+        weighted = (p * _expand(a, O)).reshape(-1, O.shape[-1])
+        return torch.diag(weighted.sum(0)) - weighted.mT @ p.reshape(-1, O.shape[-1])
+
+    def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
+        r = (G + Y).clamp_min(0.0)
+        return torch.special.xlogy(r, r).sum(-1)
+
+    def entry_max_scale(self, G: Tensor, Y: Tensor) -> Tensor:
+        # r = alpha g + t >= 0 binds only where g < 0.
+        bound = torch.where(G < 0, -Y / G.clamp_max(-torch.finfo(G.dtype).tiny), torch.inf)
+        return bound.amin(-1).reshape(len(G), -1).amin(1)
+
+    def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
+        # softmax sums to one up to rounding only: keep r = g + t in the simplex.
+        r = (G + Y).clamp_min(0.0)
+        return r / r.sum(-1, keepdim=True) - Y
+
+
+@register
+class Squared(Loss):
+    """Half the squared distance: l(o, y) = (1/2) ||o - y||^2, l*(g) = (1/2) ||g||^2 + <g, y>."""
+
+    name = "squared"
+
+    def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
+        return 0.5 * (O - Y).square().sum(-1)
+
+    def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
+        return O - Y
+
+    def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        return D
+
+    def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        return D
+
+    def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        tokens = O[0, ..., 0].numel()
+        total = float(a.double().sum()) * tokens
+        return total * torch.eye(O.shape[-1], dtype=O.dtype, device=O.device)
+
+    def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
+        return (0.5 * G * G + G * Y).sum(-1)
+
+    def entry_max_scale(self, G: Tensor, Y: Tensor) -> Tensor:
+        return torch.full((len(G),), torch.inf, dtype=G.dtype, device=G.device)
+
+
+@register
+class MultiLabelLogistic(Loss):
+    """One logistic loss a class, for labels that may hold together: y in [0, 1]^c.
+
+    l(o, y) = sum_k log(1 + exp(o_k)) - y_k o_k; l*(g) = sum_k r_k log r_k + (1 - r_k) log(1 - r_k) with
+    r = g + y in [0, 1].
+    """
+
+    name = "multilabel_logistic"
+
+    def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
+        return (torch.nn.functional.softplus(O) - Y * O).sum(-1)
+
+    def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
+        return torch.sigmoid(O) - Y
+
+    def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        p = torch.sigmoid(O)
+        return p * (1 - p) * D
+
+    def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        p = torch.sigmoid(O)
+        return (p * (1 - p)).sqrt() * D
+
+    def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        p = torch.sigmoid(O)
+        return torch.diag((p * (1 - p) * _expand(a, O)).reshape(-1, O.shape[-1]).sum(0))
+
+    def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
+        r = (G + Y).clamp(0.0, 1.0)
+        return (torch.special.xlogy(r, r) + torch.special.xlogy(1 - r, 1 - r)).sum(-1)
+
+    def entry_max_scale(self, G: Tensor, Y: Tensor) -> Tensor:
+        tiny = torch.finfo(G.dtype).tiny
+        below = torch.where(G < 0, -Y / G.clamp_max(-tiny), torch.inf)
+        above = torch.where(G > 0, (1 - Y) / G.clamp_min(tiny), torch.inf)
+        return torch.minimum(below, above).reshape(len(G), -1).amin(1)
+
+    def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
+        return (G + Y).clamp(0.0, 1.0) - Y

@@ -1,0 +1,105 @@
+"""One component of a head, bound to its gates: factors and tokens -> outputs and adjoints.
+
+A component is one channel group of one branch; its blocks Z_g are one a gate. With T(u) the unit features
+(linear in u) the component computes A(Z) = sum_j T(u_j) v_j, and its adjoint at a dual point L is, block by block,
+Gamma_g = A_g^* L in R^{p x q}, Gamma_g[e, (l, b)] = sum_i T_i(e)[l] L_i[b].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from convexheads.architectures import Architecture, Stats
+from convexheads.types import BlockShape, Units
+
+
+@dataclass
+class Component:
+    """A channel group of a branch.
+
+    ``form`` evaluates the unit features; ``gates`` (P, *u_shape) or None; ``inputs`` and ``outputs`` are the slices
+    of channels read and outputs written; ``weight`` multiplies beta.
+    """
+
+    branch: int
+    group: int
+    form: Architecture
+    gates: Tensor | None
+    inputs: slice
+    outputs: slice
+    weight: float = 1.0
+
+    @property
+    def ridge(self) -> bool:
+        return self.form.ridge
+
+    @property
+    def n_gates(self) -> int:
+        return 1 if self.gates is None else len(self.gates)
+
+    @property
+    def width(self) -> int:
+        """Number of outputs written."""
+        return self.outputs.stop - self.outputs.start
+
+    @property
+    def p(self) -> int:
+        return prod(self.form.u_shape)
+
+    @property
+    def q(self) -> int:
+        return self.form.value_width * self.width
+
+    def only_gate(self, gate: int | None) -> Component:
+        """This component with a single one of its gates."""
+        if gate is None or self.gates is None:
+            return self
+        return replace(self, gates=self.gates[gate : gate + 1])
+
+    def blocks(self) -> list[BlockShape]:
+        gates: list[int | None] = [None] if self.gates is None else list(range(len(self.gates)))
+        return [BlockShape(self.branch, self.form.name, self.group, g, self.p, self.q) for g in gates]
+
+    def stats(self, X: Tensor, dtype: torch.dtype) -> Stats:
+        """What the form keeps of tokens X (n, s, d); floating-point parts in ``dtype``.
+
+        Masks are taken in float64 from the tokens as given; see :meth:`Architecture.masks`.
+        """
+        return self.form.prepare(X[..., self.inputs].to(dtype), self.gates)
+
+    def features(self, stats: Stats, units: Units) -> Tensor:
+        """T(u): (rows, m, k), with samples and output tokens flattened into rows."""
+        if not len(units.v):
+            rows = len(stats[0]) * (1 if self.form.pooled else self.form.tokens)
+            return units.v.new_zeros(rows, 0, self.form.value_width)
+        T = self.form.unit_features(stats, units.u, units.gate)  # type: ignore[arg-type]
+        return T.reshape(-1, *T.shape[-2:])
+
+    def forward(self, T: Tensor, v: Tensor) -> Tensor:
+        """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
+        return T.flatten(1) @ v.flatten(0, 1)
+
+    def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
+        """Gradient of <L, A> with respect to v: (m, k, c)."""
+        return (T.flatten(1).mT @ L).view(T.shape[1], T.shape[2], -1)
+
+    def adjoint_features(self, v: Tensor, L: Tensor) -> Tensor:
+        """Gradient of <L, A> with respect to T: (rows, m, k)."""
+        return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
+
+    def gamma_rows(self, stats: Stats, L: Tensor, gate: int | None, rows: slice) -> Tensor:
+        """Rows of Gamma_g = A_g^* L for these samples: (rows, q)."""
+        T = self.form.basis_features(stats, rows, gate)
+        T = T.reshape(-1, *T.shape[-2:])
+        return self.adjoint_v(T, L).flatten(1)
+
+
+def split_rows(total: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` that cover range(total)."""
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))

@@ -1,0 +1,371 @@
+"""The convex program and its factored form: operators + loss + beta (+ intercept).
+
+    minimise  f( sum_g A_g(Z_g) + 1 b^T ) + beta sum_g w_g ||Z_g||_*  (+ (beta w / 2) ||W||_F^2 for ridge branches)
+
+and, with Z_g = sum_r u_r v_r^T, the network's weight-decay objective
+
+    f( ... ) + (beta / 2) sum_g w_g sum_r (||u_r||^2 + ||v_r||^2)
+
+which has the same minimum as soon as there are enough units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convexheads.architectures import Stats
+from convexheads.losses import Loss
+from convexheads.operator import Component, split_rows
+from convexheads.types import Factors, Units
+
+
+class Rows(Protocol):
+    """Tokens of one branch: rows can be sliced or indexed by an integer array."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index, /): ...
+
+
+CACHE_BYTES = 3 * 2**30
+WORKSPACE = 2**23  # elements of the largest temporary of one chunk
+
+
+class Problem:
+    """A convex program on given tokens.
+
+    Parameters
+    ----------
+    components : channel groups of all branches, in order.
+    tokens : for each branch, its tokens (n, s, d): anything that slices into arrays or tensors.
+    loss, targets, weights : the loss, its targets (shape of the outputs) and sample weights (n,) that sum to one.
+    beta : weight decay.
+    fit_intercept : whether an unpenalised intercept in R^c is added to every output row.
+    dtype : dtype of the iterations; certificates use float64 whatever this is.
+    """
+
+    def __init__(
+        self,
+        components: list[Component],
+        tokens: list[Rows],
+        loss: Loss,
+        targets: Tensor,
+        weights: Tensor,
+        beta: float = 1.0,
+        fit_intercept: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.components, self.tokens, self.loss = components, tokens, loss
+        self.device = torch.device(device)
+        self.targets = targets.to(self.device, torch.float64)
+        self.weights = weights.to(self.device, torch.float64)
+        self.beta, self.fit_intercept, self.dtype = float(beta), fit_intercept, dtype
+        self.cache_bytes = cache_bytes
+        self._cache: dict[torch.dtype, list[Stats] | None] = {}
+        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def n(self) -> int:
+        return len(self.targets)
+
+    @property
+    def outputs(self) -> int:
+        return self.targets.shape[-1]
+
+    def with_beta(self, beta: float) -> Problem:
+        """The same program at another beta, sharing tokens and cached statistics."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__)
+        other.beta = float(beta)
+        return other
+
+    def in_dtype(self, dtype: torch.dtype) -> Problem:
+        """The same program with iterations in another dtype, sharing tokens and caches."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__)
+        other.dtype = dtype
+        return other
+
+    def penalty_weight(self, component: Component) -> float:
+        return self.beta * component.weight
+
+    # Tokens and statistics --------------------------------------------------------------------------------
+
+    def _rows(self, branch: int, index: slice | Tensor) -> Tensor:
+        source = self.tokens[branch]
+        part = source[index if isinstance(index, slice) or isinstance(source, Tensor) else index.cpu().numpy()]
+        return torch.as_tensor(part).to(self.device)
+
+    def _fresh_stats(self, index: slice | Tensor, dtype: torch.dtype) -> list[Stats]:
+        tokens: dict[int, Tensor] = {}
+        found = []
+        for component in self.components:
+            if component.branch not in tokens:
+                tokens[component.branch] = self._rows(component.branch, index)
+            found.append(component.stats(tokens[component.branch], dtype))
+        return found
+
+    def _cached_stats(self, dtype: torch.dtype) -> list[Stats] | None:
+        """Statistics of all samples, or None where they would not fit into ``cache_bytes``."""
+        if dtype not in self._cache:
+            step = self.chunk_rows()
+            first = self._fresh_stats(slice(0, min(step, self.n)), dtype)
+            size = sum(t.numel() * t.element_size() for stats in first for t in stats)
+            if size / min(step, self.n) * self.n > self.cache_bytes:
+                self._cache[dtype] = None
+            else:
+                whole = [
+                    tuple(torch.empty(self.n, *t.shape[1:], dtype=t.dtype, device=t.device) for t in stats)
+                    for stats in first
+                ]
+                for index in split_rows(self.n, step):
+                    for target, stats in zip(whole, self._fresh_stats(index, dtype), strict=True):
+                        for t, part in zip(target, stats, strict=True):
+                            t[index] = part
+                self._cache[dtype] = whole
+        return self._cache[dtype]
+
+    def forget(self) -> None:
+        """Free the cached statistics."""
+        self._cache.clear()
+
+    def chunk_rows(self, n_units: int = 32) -> int:
+        """Samples a chunk, so that the temporaries of ``n_units`` units stay small."""
+        work = max(component.form.workspace for component in self.components)
+        return max(16, min(8192, WORKSPACE // max(1, work * n_units)))
+
+    def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
+        """Statistics of some samples for every component."""
+        whole = self._cached_stats(dtype) if cached else None
+        if whole is None:
+            return self._fresh_stats(index, dtype)
+        return [tuple(t[index] for t in stats) for stats in whole]
+
+    def targets_of(self, index: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Targets and sample weights of some samples."""
+        if dtype not in self._cast:
+            self._cast[dtype] = (self.targets.to(dtype), self.weights.to(dtype))
+        targets, weights = self._cast[dtype]
+        return targets[index], weights[index]
+
+    def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
+        for index in split_rows(self.n, self.chunk_rows(n_units)):
+            yield index, self.stats_of(index, dtype, cached)
+
+    # Forward ----------------------------------------------------------------------------------------------
+
+    def combine(self, factors: Factors, features: list[Tensor], rows_shape: torch.Size) -> Tensor:
+        """Outputs from the unit features of every component."""
+        first = features[0]
+        if len(self.components) == 1:
+            O = self.components[0].forward(first, factors.units[0].v)
+        else:
+            O = first.new_zeros(len(first), self.outputs)
+            for component, units, T in zip(self.components, factors.units, features, strict=True):
+                O[:, component.outputs] += component.forward(T, units.v)
+        if factors.intercept is not None:
+            O = O + factors.intercept
+        return O.view(*rows_shape, self.outputs)
+
+    def output_chunk(self, factors: Factors, stats: list[Stats], shape: torch.Size) -> Tensor:
+        """Outputs of some samples; ``shape`` is the shape of their targets."""
+        features = [c.features(s, u) for c, s, u in zip(self.components, stats, factors.units, strict=True)]
+        return self.combine(factors, features, shape[:-1])
+
+    @torch.no_grad()
+    def forward(self, factors: Factors, dtype: torch.dtype | None = None, cached: bool = True) -> Tensor:
+        """Outputs O (shape of the targets) on all samples."""
+        dtype = self.dtype if dtype is None else dtype
+        factors = factors.to(dtype)
+        O = torch.empty(self.targets.shape, dtype=dtype, device=self.device)
+        for index, stats in self.chunks(dtype, max(1, factors.n_units), cached):
+            O[index] = self.output_chunk(factors, stats, O[index].shape)
+        return O
+
+    # Objective --------------------------------------------------------------------------------------------
+
+    def weight_decay(self, factors: Factors) -> float:
+        """(beta/2) sum_h w_h (||u||^2 + ||v||^2), summed in float64."""
+        total = 0.0
+        for component, units in zip(self.components, factors.units, strict=True):
+            squares = sum(float(t.double().square().sum()) for t in units.tensors())
+            total += 0.5 * self.penalty_weight(component) * squares
+        return total
+
+    @torch.no_grad()
+    def value(self, factors: Factors, dtype: torch.dtype | None = None) -> float:
+        """The network's objective: loss + weight decay."""
+        dtype = self.dtype if dtype is None else dtype
+        O = self.forward(factors, dtype)
+        return self.loss.value(O, *self.targets_of(slice(0, self.n), dtype)) + self.weight_decay(factors)
+
+    def chunk_gradient(
+        self, factors: Factors, stats: list[Stats], targets: Tensor, weights: Tensor, gradient: Factors
+    ) -> float:
+        """Add the loss gradient of some samples to ``gradient``; returns their loss."""
+        features, tracked = [], []
+        for component, each, units in zip(self.components, stats, factors.units, strict=True):
+            if units.u is None:
+                T, u = component.features(each, units), None
+            else:
+                u = units.u.detach().requires_grad_()
+                with torch.enable_grad():
+                    T = component.features(each, Units(u, units.v, units.gate))
+            features.append(T)
+            tracked.append(u)
+        O = self.combine(factors, [T.detach() for T in features], targets.shape[:-1])
+        loss = self.loss.value(O, targets, weights)
+        L = self.loss.gradient(O, targets, weights).reshape(-1, self.outputs)
+        self._backward(factors, features, tracked, L, gradient)
+        return loss
+
+    def _backward(
+        self, factors: Factors, features: list[Tensor], tracked: list[Tensor | None], L: Tensor, into: Factors
+    ) -> None:
+        for component, units, T, u, g in zip(
+            self.components, factors.units, features, tracked, into.units, strict=True
+        ):
+            part = L[:, component.outputs]
+            g.v += component.adjoint_v(T.detach(), part)
+            if u is not None and g.u is not None:
+                g.u += torch.autograd.grad(T, u, component.adjoint_features(units.v, part))[0]
+        if into.intercept is not None:
+            into.intercept += L.sum(0)
+
+    def add_decay(self, factors: Factors, gradient: Factors) -> None:
+        """Add the gradient of the weight decay."""
+        for component, units, g in zip(self.components, factors.units, gradient.units, strict=True):
+            for t, into in zip(units.tensors(), g.tensors(), strict=True):
+                into.add_(t, alpha=self.penalty_weight(component))
+
+    @torch.no_grad()
+    def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
+        """The network's objective and its gradient with respect to every variable."""
+        dtype = factors.tensors()[0].dtype
+        gradient = factors.like(torch.zeros_like(factors.flat()))
+        total = 0.0
+        for index, stats in self.chunks(dtype, max(1, factors.n_units)):
+            total += self.chunk_gradient(factors, stats, *self.targets_of(index, dtype), gradient)
+        self.add_decay(factors, gradient)
+        return total + self.weight_decay(factors), gradient
+
+    # Intercept --------------------------------------------------------------------------------------------
+
+    def best_intercept(self, O: Tensor, start: Tensor | None = None) -> Tensor:
+        """The b in R^c that minimises f(O + 1 b^T), by Newton's method with step halving.
+
+        O (n, c) or (n, s, c) outputs without intercept. Flat directions (softmax does not see a common shift) are
+        left alone by the pseudo-inverse.
+        """
+        targets, weights = self.targets_of(slice(0, self.n), O.dtype)
+        b = torch.zeros(self.outputs, dtype=O.dtype, device=O.device) if start is None else start.to(O.dtype)
+        axes = tuple(range(O.ndim - 1))
+        value = self.loss.value(O + b, targets, weights)
+        best = math.inf
+        for _ in range(60):
+            gradient = self.loss.gradient(O + b, targets, weights).sum(axes)
+            size = float(gradient.abs().max())
+            if size == 0.0 or (size < 1e-13 and size >= 0.5 * best):
+                break
+            best = min(best, size)
+            hessian = self.loss.mean_hessian(O + b, targets, weights)
+            step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-12) @ gradient
+            scale = 1.0
+            while scale > 1e-8:
+                trial = b - scale * step
+                new = self.loss.value(O + trial, targets, weights)
+                if new <= value + 1e-15 * abs(value):
+                    b, value = trial, new
+                    break
+                scale *= 0.5
+            else:
+                break
+        return b
+
+    def null_outputs(self) -> tuple[Tensor, Tensor | None]:
+        """Outputs O_0 of the empty head, and its intercept: zero, or the best constant."""
+        O = torch.zeros(self.targets.shape, dtype=torch.float64, device=self.device)
+        if not self.fit_intercept:
+            return O, None
+        b = self.best_intercept(O)
+        return O + b, b
+
+    def null_loss(self) -> float:
+        """The loss of the empty head."""
+        return self.loss.value(self.null_outputs()[0], *self.targets_of(slice(0, self.n), torch.float64))
+
+    # Adjoints ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adjoint(
+        self,
+        L: Tensor,
+        units: list[Units],
+        only: Callable[[Component], bool] = lambda component: True,
+    ) -> list[Units]:
+        """For every unit (u, v): (Gamma v, Gamma^T u), the adjoint applied to both of its factors.
+
+        One pass serves block Lanczos from either side. Components not in ``only`` get zeros.
+        """
+        dtype = L.dtype
+        found = [
+            Units(None if each.u is None else torch.zeros_like(each.u), torch.zeros_like(each.v), each.gate)
+            for each in units
+        ]
+        count = max(1, sum(each.v.shape[0] for each in units))
+        for index, stats in self.chunks(dtype, count):
+            rows = L[index].reshape(-1, self.outputs)
+            for component, stat, each, into in zip(self.components, stats, units, found, strict=True):
+                if not only(component) or not len(each.v):
+                    continue
+                part = rows[:, component.outputs]
+                if each.u is None:
+                    into.v += component.adjoint_v(component.features(stat, each), part)
+                    continue
+                u = each.u.detach().requires_grad_()
+                with torch.enable_grad():
+                    T = component.features(stat, Units(u, each.v, each.gate))
+                into.v += component.adjoint_v(T.detach(), part)
+                assert into.u is not None
+                into.u += torch.autograd.grad(T, u, component.adjoint_features(each.v, part))[0]
+        return found
+
+    @torch.no_grad()
+    def gamma(self, L: Tensor, k: int, gate: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Gamma_g = A_g^* L of component ``k`` and ``gate``, formed explicitly: (p, q), or (k, c) for ridge."""
+        component = self.components[k]
+        single = component.only_gate(gate)
+        cached = self._cached_stats(dtype) if dtype == self.dtype else None
+        p = max(1, component.p)
+        entries = p * component.form.value_width * (1 if component.form.pooled else component.form.tokens)
+        step = max(16, min(self.chunk_rows(4), 2 * WORKSPACE // max(1, entries)))
+        band = max(1, min(p, 2 * WORKSPACE // max(1, step * entries // p)))
+        total = torch.zeros(p, component.q, dtype=dtype, device=self.device)
+        if component.ridge:
+            total = torch.zeros(component.form.value_width, component.width, dtype=dtype, device=self.device)
+        for index in split_rows(self.n, step):
+            if cached is not None:
+                stats, g = tuple(t[index] for t in cached[k]), gate
+            else:
+                stats = single.stats(self._rows(component.branch, index), dtype)
+                g = None if gate is None else 0
+            part = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
+            if component.ridge:
+                units = Units(None, total.new_empty(1, component.form.value_width, component.width))
+                total += component.adjoint_v(component.features(stats, units), part)[0]
+                continue
+            for rows in split_rows(p, band):
+                total[rows] += component.gamma_rows(stats, part, g, rows)
+        return total
+
+    def gates_of(self, k: int) -> list[int | None]:
+        """The gate indices of component ``k``: [None] where there is no gate."""
+        component = self.components[k]
+        return [None] if component.gates is None else list(range(len(component.gates)))

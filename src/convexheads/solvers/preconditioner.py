@@ -1,0 +1,206 @@
+"""Kronecker-factored preconditioner for the factored objective.
+
+The Gauss-Newton matrix of f( sum_j T(u_j) v_j ) is approximated by one block for v and one for u of every
+component (in the spirit of K-FAC: Martens and Grosse 2015):
+
+* v: (sum_i a_i T_i T_i^T) (x) (mean Hessian of the loss) + beta w I, exact up to the independence of T and Hessian;
+* u: the second moment of per-sample gradients, with residuals drawn so that their second moment is the Hessian;
+  in full where it is small, else as left (x) right / trace over u seen as a matrix.
+
+Each is inverted exactly through eigenvectors, damping included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexheads.problem import Problem
+from convexheads.types import Factors, Units
+
+FULL_SIZE = 768
+GROUP_SIZE = 1024
+SAMPLES = 2048
+
+
+class KroneckerInverse:
+    """(left (x) right + damping I)^{-1} for symmetric positive semidefinite left (a, a), right (b, b)."""
+
+    def __init__(self, left: Tensor, right: Tensor, damping: float) -> None:
+        self.left_values, self.left_vectors = torch.linalg.eigh(left)
+        self.right_values, self.right_vectors = torch.linalg.eigh(right)
+        outer = self.left_values.clamp_min(0)[:, None] * self.right_values.clamp_min(0)[None, :]
+        self.scale = 1.0 / (outer + damping)
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Apply to ``matrix`` (a, b)."""
+        inner = self.left_vectors.mT @ matrix @ self.right_vectors
+        return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
+
+
+class Preconditioner:
+    """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients."""
+
+    def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
+        self.problem = problem
+        dtype = factors.tensors()[0].dtype
+        index = self._sample(problem, generator)
+        Y, a = problem.targets_of(index, dtype)
+        total = a.sum().clamp_min(torch.finfo(dtype).tiny)
+        a = a / total
+        m = max(1, factors.n_units)
+        with torch.no_grad():
+            self._build(problem, factors, index, Y, a, generator, dtype, m)
+
+    @staticmethod
+    def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
+        if problem.n <= SAMPLES:
+            return torch.arange(problem.n)
+        return torch.randperm(problem.n, generator=generator)[:SAMPLES].sort().values
+
+    def _build(
+        self,
+        problem: Problem,
+        factors: Factors,
+        index: Tensor,
+        Y: Tensor,
+        a: Tensor,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        m: int,
+    ) -> None:
+        step = problem.chunk_rows(m)
+        parts = [index[i : i + step] for i in range(0, len(index), step)]
+        feature_moments = [
+            [torch.zeros(size, size, dtype=dtype, device=problem.device) for size in self._v_sizes(units)]
+            for units in factors.units
+        ]
+        hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
+        u_blocks = [None if units.u is None else UBlocks(problem, k, units) for k, units in enumerate(factors.units)]
+        offset = 0
+        rows_per_sample = 1
+        for part in parts:
+            stats = problem.stats_of(part, dtype)
+            weights = a[offset : offset + len(part)]
+            targets = Y[offset : offset + len(part)]
+            offset += len(part)
+            features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
+            O = problem.combine(factors, features, targets.shape[:-1])
+            rows_per_sample = O[0, ..., 0].numel()
+            row_weights = weights.repeat_interleave(rows_per_sample)
+            hessian += problem.loss.mean_hessian(O, targets, weights)
+            for k, T in enumerate(features):
+                for moment, block in zip(
+                    feature_moments[k], T.flatten(1).split(self._v_sizes(factors.units[k]), 1), strict=True
+                ):
+                    moment += block.mT @ (block * row_weights[:, None])
+            noise = torch.randn(O.shape, generator=generator, dtype=dtype).to(O.device)
+            E = problem.loss.hessian_root_product(O, targets, noise).reshape(len(part), -1, problem.outputs)
+            for blocks, stat, component, units in zip(u_blocks, stats, problem.components, factors.units, strict=True):
+                if blocks is not None:
+                    blocks.add(stat, units, E[..., component.outputs], weights)
+        hessian /= rows_per_sample
+        self.v_inverses = []
+        for component, moments in zip(problem.components, feature_moments, strict=True):
+            part = hessian[component.outputs, component.outputs]
+            damping = problem.penalty_weight(component)
+            self.v_inverses.append([KroneckerInverse(moment, part, damping) for moment in moments])
+        self.u_blocks = u_blocks
+        for blocks, component in zip(u_blocks, problem.components, strict=True):
+            if blocks is not None:
+                blocks.finish(problem.penalty_weight(component))
+        self.intercept_inverse = None
+        if factors.intercept is not None:
+            full = hessian * rows_per_sample
+            self.intercept_inverse = torch.linalg.pinv(full, hermitian=True, rtol=1e-5)
+
+    @staticmethod
+    def _v_sizes(units: Units) -> list[int]:
+        """Groups of whole units whose stacked features stay small enough for an eigendecomposition."""
+        m, k = units.v.shape[:2]
+        per = max(1, GROUP_SIZE // k) if k < GROUP_SIZE else 1
+        return [k * min(per, m - i) for i in range(0, m, per)]
+
+    def apply(self, gradient: Factors) -> Factors:
+        """Approximate inverse times ``gradient``."""
+        found = []
+        for units, inverses, blocks in zip(gradient.units, self.v_inverses, self.u_blocks, strict=True):
+            flat = units.v.flatten(0, 1)
+            sizes = [len(inverse.left_values) for inverse in inverses]
+            v = torch.cat([inverse(part) for inverse, part in zip(inverses, flat.split(sizes), strict=True)])
+            u = None if blocks is None else blocks.apply(units.u)
+            found.append(Units(u, v.view_as(units.v), units.gate))
+        intercept = gradient.intercept
+        if intercept is not None and self.intercept_inverse is not None:
+            intercept = self.intercept_inverse @ intercept
+        return Factors(found, intercept)
+
+
+class UBlocks:
+    """The u part of the preconditioner for one component, over groups of units."""
+
+    def __init__(self, problem: Problem, k: int, units: Units) -> None:
+        self.component = problem.components[k]
+        assert units.u is not None
+        m, p = len(units.u), self.component.p
+        a, b = self.component.form.u_matrix
+        self.shape = (a, b)
+        self.full = m * p <= FULL_SIZE
+        per = m if self.full else max(1, GROUP_SIZE // b)
+        self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
+        kwargs = {"dtype": units.u.dtype, "device": units.u.device}
+        if self.full:
+            self.left = [torch.zeros(m * p, m * p, **kwargs)]
+            self.right = [torch.ones(1, 1, **kwargs)]
+        else:
+            self.left = [torch.zeros(a, a, **kwargs) for _ in self.groups]
+            self.right = [torch.zeros(b * (g.stop - g.start), b * (g.stop - g.start), **kwargs) for g in self.groups]
+
+    def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor) -> None:
+        """Add the second moments of these samples' gradients; residuals E (samples, tokens, c)."""
+        form, v, gate, u0 = self.component.form, units.v, units.gate, units.u
+        assert u0 is not None
+
+        def gradient(stat: tuple[Tensor, ...], residual: Tensor) -> Tensor:
+            cotangent = residual @ v.flatten(0, 1).mT
+            _, pullback = torch.func.vjp(lambda u: form.unit_features(tuple(t[None] for t in stat), u, gate), u0)
+            shape = (1, *v.shape[:2]) if form.pooled else (1, form.tokens, *v.shape[:2])
+            return pullback(cotangent.reshape(shape))[0]
+
+        rows = max(1, 2**24 // u0.numel())
+        for i in range(0, len(E), rows):
+            part = tuple(t[i : i + rows] for t in stats)
+            G = torch.func.vmap(gradient)(part, E[i : i + rows])
+            G = G * weights[i : i + rows].sqrt().view(-1, *[1] * (G.ndim - 1))
+            if self.full:
+                flat = G.flatten(1)
+                self.left[0] += flat.mT @ flat
+                continue
+            a, b = self.shape
+            G = G.view(len(G), -1, a, b)
+            for group, left, right in zip(self.groups, self.left, self.right, strict=True):
+                own = G[:, group].transpose(1, 2).flatten(2)
+                wide = own.transpose(0, 1).flatten(1)
+                left += wide @ wide.mT
+                tall = own.flatten(0, 1)
+                right += tall.mT @ tall
+
+    def finish(self, damping: float) -> None:
+        self.inverses = []
+        for left, right in zip(self.left, self.right, strict=True):
+            if not self.full:
+                right = right / right.trace().clamp_min(torch.finfo(right.dtype).tiny)
+            self.inverses.append(KroneckerInverse(left, right, damping))
+        del self.left, self.right
+
+    def apply(self, u: Tensor | None) -> Tensor:
+        assert u is not None
+        if self.full:
+            return self.inverses[0](u.reshape(-1, 1)).view_as(u)
+        a, b = self.shape
+        matrix = u.reshape(len(u), a, b)
+        parts = []
+        for group, inverse in zip(self.groups, self.inverses, strict=True):
+            own = matrix[group].transpose(0, 1).flatten(1)
+            parts.append(inverse(own).view(a, -1, b).transpose(0, 1))
+        return torch.cat(parts).reshape(u.shape)
