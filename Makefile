@@ -64,7 +64,9 @@ types: install ## type annotations (about a minute the first time)
 
 docs: install ## API pages from the docstrings, into docs/api
 	@echo "Writing docs/api"
-	@$(PY) -m pdoc --docformat numpy --output-directory docs/api convexheads
+	@# Every file by name: a package that lists its public names would otherwise hide its files.
+	@$(PY) -W 'ignore:The module specification' -m pdoc --docformat numpy --output-directory docs/api convexheads \
+		$$(cd src && find convexheads -name '*.py' ! -name '__*' | sed 's|/|.|g; s|[.]py$$||' | sort)
 	@echo "Open docs/api/index.html"
 
 bench: install ## speed and memory of the library on this machine

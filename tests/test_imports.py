@@ -25,6 +25,7 @@ LAYERS: list[list[str]] = [
     ["losses"],
     ["spectral"],
     ["problem"],
+    ["subspace"],
     ["certificate"],  # knows no solver; solvers stop at the gap that it certifies
     ["solvers"],
     ["path"],

@@ -408,9 +408,7 @@ def test_pca(whiten: bool | float, exponent: float) -> None:
     N = len(rows)
     variance = reference.explained_variance_ * (N - 1) / N
     np.testing.assert_allclose(transform.explained_variance_, variance, rtol=1e-10)
-    np.testing.assert_allclose(
-        transform.explained_variance_ratio_, reference.explained_variance_ratio_, rtol=1e-10
-    )
+    np.testing.assert_allclose(transform.explained_variance_ratio_, reference.explained_variance_ratio_, rtol=1e-10)
     components = transform.components_
     np.testing.assert_allclose(components @ components.T, np.eye(k), atol=1e-12)
     assert (components[np.arange(k), np.abs(components).argmax(1)] > 0).all()
@@ -647,9 +645,7 @@ AFFINE = {
     "append": lambda: AppendConstant(1.5),
     "chain": EXAMPLES["ChainTransforms affine"],
     "concatenate": lambda: ConcatenateFeatures([PCATokens(2), AppendConstant()]),
-    "nested": lambda: ChainTransforms(
-        [ChainTransforms([StandardizeTokens(), PCATokens(2)]), AppendConstant()]
-    ),
+    "nested": lambda: ChainTransforms([ChainTransforms([StandardizeTokens(), PCATokens(2)]), AppendConstant()]),
 }
 
 
@@ -738,18 +734,14 @@ def test_pipeline_and_grid_search() -> None:
             ("head", PooledLogistic()),
         ]
     )
-    search = GridSearchCV(
-        pipeline, {"views__0__n_components": [1, 4], "scale__with_std": [True, False]}, cv=2
-    )
+    search = GridSearchCV(pipeline, {"views__0__n_components": [1, 4], "scale__with_std": [True, False]}, cv=2)
     search.fit(X, y)
     assert search.best_score_ > 0.7
     chosen = search.best_params_["views__0__n_components"]
     assert search.best_estimator_["views"].transforms_[0].n_components_ == chosen
 
 
-@given(
-    st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.sampled_from(["3d", "2d"]), st.integers(1, 4)
-)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.sampled_from(["3d", "2d"]), st.integers(1, 4))
 def test_any_shape(n: int, s: int, d: int, rank: str, rows: int) -> None:
     X = np.random.default_rng(n + 10 * s + 100 * d).normal(size=(n, s, d)) + 1.0
     if rank == "2d":

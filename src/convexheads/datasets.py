@@ -15,9 +15,9 @@ import tempfile
 import threading
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,6 +172,7 @@ class _Source:
     name: str
     parts: dict[str | None, _Part]
     class_names: list[str] | None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def load_dataset(
@@ -221,68 +222,41 @@ def load_dataset(
     MissingExtraError
         If a package is missing: pip install 'convexheads[datasets]'.
     """
-    require("PIL", "datasets")
-    found = _open(source, label_column, image_column, labels)
-    if holdout is not None:
-        _hold_out(found, holdout, seed)
+    found = _open(source, holdout, seed, label_column, image_column, labels)
     wanted = None if split in (None, "all") else _SPLIT_NAMES.get(str(split))
     if split not in (None, "all") and wanted not in found.parts:
         there = [name for name in found.parts if name is not None]
         expected = f"one of {', '.join(there)}" if there else "no split: the source has none"
         raise InputError(f"{found.name}: {describe(f'split {split!r}', expected, '' if there else _HOLDOUT)}")
-    parts = list(found.parts.values()) if wanted is None else [found.parts[wanted]]
-    options: dict[str, Any] = {}
-    if label_column is not None:
-        options["label_column"] = label_column
-    if holdout is not None:
-        options |= {"holdout": holdout, "seed": seed}
-    readers, rows, label_list = _join(parts)
-    if len(rows) == 0:
-        raise DataError(f"{found.name}: {describe('no image', 'at least one')}")
-    if indices is not None:
-        if limit is not None:
-            raise InputError(describe("both limit and indices", "one of the two"))
-        chosen = np.asarray(indices)
-        if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or not chosen.size:
-            raise InputError(describe(f"indices of shape {chosen.shape}", "a list of row numbers"))
-        if chosen.min() < 0 or chosen.max() >= len(rows):
-            raise InputError(describe(f"indices up to {chosen.max()}", f"0 to {len(rows) - 1}"))
-        chosen = chosen.astype(np.int64)
-    elif limit is not None:
-        if limit < 1:
-            raise InputError(describe(f"limit {limit}", "at least 1 image"))
-        chosen = np.sort(_permutation(len(rows), seed)[:limit])
-        options |= {"limit": limit, "seed": seed} if limit < len(rows) else {}
-    else:
-        chosen = np.arange(len(rows))
-    return ImageSource(
-        readers,
-        name=found.name,
-        split=wanted,
-        rows=rows[chosen],
-        labels=None if label_list is None else label_list[chosen],
-        class_names=found.class_names,
-        options=options,
-    )
+    return _choose(found, wanted, limit, indices, seed)
 
 
-def dataset_splits(
+def load_splits(
     source: str | Path,
     *,
+    limit: int | Mapping[str, int] | None = None,
+    seed: int = 0,
     holdout: float | None = None,
     label_column: str | None = None,
     image_column: str | None = None,
     labels: str | Path | None = None,
-) -> list[str]:
-    """Names of the splits of a source, in the order train, val, test; empty when it has none.
+) -> dict[str, ImageSource]:
+    """Every split of a data set: "train", "val", "test" as there are, or "all" for one without splits.
 
-    Parameters and errors as for :func:`load_dataset`.
+    Parameters and errors as for :func:`load_dataset`; ``limit`` may also give a number a split.
+
+    Raises
+    ------
+    InputError
+        Also if ``limit`` names a split that is not there.
     """
-    require("PIL", "datasets")
-    found = _open(source, label_column, image_column, labels)
-    if holdout is not None:
-        _hold_out(found, holdout, 0)
-    return [name for name in found.parts if name is not None]
+    found = _open(source, holdout, seed, label_column, image_column, labels)
+    limits = dict(limit) if isinstance(limit, Mapping) else {name or "all": limit for name in found.parts}
+    names = {name or "all": name for name in found.parts}
+    unknown = [name for name in limits if name not in names]
+    if unknown:
+        raise InputError(describe(f"a limit for {', '.join(unknown)}", f"splits that are there: {', '.join(names)}"))
+    return {shown: _choose(found, name, limits.get(shown), None, seed) for shown, name in names.items()}
 
 
 def cache_folder() -> Path:
@@ -350,7 +324,59 @@ def download_cifar100(
 # -- choosing the kind of source ------------------------------------------------------------------------
 
 
-def _open(source: str | Path, label_column: str | None, image_column: str | None, labels: str | Path | None) -> _Source:
+def _open(
+    source: str | Path,
+    holdout: float | None,
+    seed: int,
+    label_column: str | None,
+    image_column: str | None,
+    labels: str | Path | None,
+) -> _Source:
+    require("PIL", "datasets")
+    found = _find(source, label_column, image_column, labels)
+    if label_column is not None:
+        found.options["label_column"] = label_column
+    if holdout is not None:
+        _hold_out(found, holdout, seed)
+        found.options |= {"holdout": holdout, "seed": seed}
+    return found
+
+
+def _choose(found: _Source, split: str | None, limit: int | None, indices: ArrayLike | None, seed: int) -> ImageSource:
+    """Some images of one split, or of all of them."""
+    options = dict(found.options)
+    parts = [found.parts[split]] if split in found.parts else list(found.parts.values())
+    readers, rows, label_list = _join(parts)
+    if len(rows) == 0:
+        raise DataError(f"{found.name}: {describe('no image', 'at least one')}")
+    if indices is not None:
+        if limit is not None:
+            raise InputError(describe("both limit and indices", "one of the two"))
+        chosen = np.asarray(indices)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or not chosen.size:
+            raise InputError(describe(f"indices of shape {chosen.shape}", "a list of row numbers"))
+        if chosen.min() < 0 or chosen.max() >= len(rows):
+            raise InputError(describe(f"indices {chosen.min()} to {chosen.max()}", f"0 to {len(rows) - 1}"))
+        chosen = chosen.astype(np.int64)
+    elif limit is not None:
+        if limit < 1:
+            raise InputError(describe(f"limit {limit}", "at least 1 image"))
+        chosen = np.sort(_permutation(len(rows), seed)[:limit])
+        options |= {"limit": limit, "seed": seed} if limit < len(rows) else {}
+    else:
+        chosen = np.arange(len(rows))
+    return ImageSource(
+        readers,
+        name=found.name,
+        split=split,
+        rows=rows[chosen],
+        labels=None if label_list is None else label_list[chosen],
+        class_names=found.class_names,
+        options=options,
+    )
+
+
+def _find(source: str | Path, label_column: str | None, image_column: str | None, labels: str | Path | None) -> _Source:
     if source == "digits":
         found = _digits()
     elif source == "cifar100":
@@ -523,10 +549,10 @@ def _folder(path: Path) -> _Source:
         if named and len(named) == len(folders):
             roots: dict[str | None, Path] = {}
             for folder in named:
-                split = _SPLIT_NAMES[folder.name.lower()]
-                if split in roots:
-                    raise DataError(f"{path}: {describe(f'two folders for the split {split}', 'one')}")
-                roots[split] = folder
+                name = _SPLIT_NAMES[folder.name.lower()]
+                if name in roots:
+                    raise DataError(f"{path}: {describe(f'two folders for the split {name}', 'one')}")
+                roots[name] = folder
         else:
             roots = {None: path}
         listed = {split: _classes(root) for split, root in roots.items()}
@@ -534,13 +560,14 @@ def _folder(path: Path) -> _Source:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions") from error
-    names = sorted({name for classes in listed.values() for name in classes if name is not None})
+    names = sorted({str(item) for classes in listed.values() for item in classes if item is not None})
     parts: dict[str | None, _Part] = {}
     for split, classes in listed.items():
         files = [file for members in classes.values() for file in members]
         labels = None
         if None not in classes:
-            labels = np.array([names.index(name) for name in classes for _ in classes[name]], np.int64)
+            ids = {item: number for number, item in enumerate(names)}
+            labels = np.array([ids[str(item)] for item, members in classes.items() for _ in members], np.int64)
         parts[split] = _Part(_FolderReader(roots[split], files), labels, np.arange(len(files)))
     return _Source(path.resolve().name, _in_order(parts), names or None)
 
@@ -712,16 +739,15 @@ def _image_column(schema: Any, features: dict[str, Any], path: Path) -> str:
     for name, feature in features.items():
         if isinstance(feature, dict) and feature.get("_type") == "Image" and name in schema.names:
             return name
-    for field in schema:
-        kind = str(field.type)
+    for item in schema:
+        kind = str(item.type)
         if kind.startswith("struct<") and "bytes: binary" in kind.replace("large_binary", "binary"):
-            return str(field.name)
-    for field in schema:
-        if str(field.type) in ("binary", "large_binary"):
-            return str(field.name)
-    raise DataError(
-        f"{path}: {describe(f'columns {schema.names} without images', 'a column of encoded images', 'Give --image-column')}"
-    )
+            return str(item.name)
+    for item in schema:
+        if str(item.type) in ("binary", "large_binary"):
+            return str(item.name)
+    got = f"columns {schema.names} without images"
+    raise DataError(f"{path}: {describe(got, 'a column of encoded images', 'Give --image-column')}")
 
 
 def _label_column(schema: Any, features: dict[str, Any]) -> str | None:

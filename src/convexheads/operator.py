@@ -23,7 +23,7 @@ class Component:
     """A channel group of a branch.
 
     ``form`` evaluates the unit features; ``gates`` (P, *u_shape) or None; ``inputs`` and ``outputs`` are the slices
-    of channels read and outputs written; ``weight`` multiplies beta.
+    of channels read and outputs written; ``weight`` multiplies beta; ``head`` names the branch's head.
     """
 
     branch: int
@@ -33,6 +33,7 @@ class Component:
     inputs: slice
     outputs: slice
     weight: float = 1.0
+    head: str = ""
 
     @property
     def ridge(self) -> bool:
@@ -63,7 +64,7 @@ class Component:
 
     def blocks(self) -> list[BlockShape]:
         gates: list[int | None] = [None] if self.gates is None else list(range(len(self.gates)))
-        return [BlockShape(self.branch, self.form.name, self.group, g, self.p, self.q) for g in gates]
+        return [BlockShape(self.branch, self.head or self.form.name, self.group, g, self.p, self.q) for g in gates]
 
     def stats(self, X: Tensor, dtype: torch.dtype) -> Stats:
         """What the form keeps of tokens X (n, s, d); floating-point parts in ``dtype``.

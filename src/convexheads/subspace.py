@@ -143,6 +143,14 @@ def beta_max(problem: Problem) -> float:
     return search.top_pairs(L.to(problem.dtype), size=6, rounds=60, tol=1e-6)[0]
 
 
+def branch_scale(problem: Problem, branch: int) -> float:
+    """beta_max of one branch alone at weight one, the ridge scale for a ridge branch."""
+    O, _ = problem.null_outputs()
+    L = problem.loss.gradient(O, *problem.targets_of(slice(0, problem.n), torch.float64))
+    own = [k for k, component in enumerate(problem.components) if component.branch == branch]
+    return max((ridge_scale if problem.components[k].ridge else block_scale)(problem, L, k) for k in own)
+
+
 def block_scale(problem: Problem, L: Tensor, k: int) -> float:
     """max_g sigma_max(A_g^* L) of one component."""
     return max(largest_singular_value(problem.gamma(L, k, g)).lower for g in problem.gates_of(k))

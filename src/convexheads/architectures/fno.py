@@ -75,7 +75,24 @@ class FNO(Architecture):
     def u_matrix(self) -> tuple[int, int]:
         return self.tokens, self.u_shape[0] // self.tokens
 
+    def _hidden_by_matrix(self, X: Tensor, u: Tensor) -> Tensor:
+        """The same without FFT, as one product with the circulant of every filter: for exported graphs."""
+        s, d = self.tokens, X.shape[-1]
+        position = torch.arange(s, device=X.device).view(self._grid)
+        axes = tuple(range(len(self._grid)))
+        # shifted[t, q] = k such that token q is token t shifted by k: roll(X, k)[t] = X[q].
+        shifted = torch.stack(
+            [
+                torch.roll(position.flip(axes), tuple(i + 1 for i in where), axes).flatten()
+                for where in torch.cartesian_prod(*[torch.arange(n) for n in self._grid]).view(s, -1).tolist()
+            ]
+        )
+        filters = u.reshape(-1, s, d)[:, shifted]
+        return (X.flatten(1) @ filters.reshape(-1, s * d).mT).view(len(X), -1, s)
+
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self._hidden_by_matrix(X, u)
         filters = u.reshape(-1, self.tokens, X.shape[-1])
         # Convolution theorem: one product over channels for every frequency.
         product = self._spectrum(X) @ self._spectrum(filters).transpose(1, 2)

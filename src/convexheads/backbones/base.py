@@ -64,7 +64,7 @@ class Transform:
         if self.fit == "squash":
             shape = (target, target)
         else:
-            shape = (max(target, round(width * target / short)), max(target, round(height * target / short)))
+            shape = (max(target, int(width * target / short)), max(target, int(height * target / short)))
         if shape != image.size:
             image = image.resize(shape, method)
         if image.size != (size, size):

@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SOURCE",
-        help="digits; cifar100 (downloaded once); a folder with one subfolder of images a class, or with such "
-        "folders under train/ and test/; a folder of Hugging Face .parquet files; an .npz or .npy file of images",
+        help="digits; cifar100 (downloaded once); a folder with one subfolder of images a class, or with "
+        "such folders under train/ and test/; a folder of Hugging Face .parquet files; an .npz or .npy file "
+        "of images",
     )
     data.add_argument(
         "--split",
@@ -138,23 +139,21 @@ def run(args: argparse.Namespace) -> int:
     ConvexHeadsError
         If an option, the data or a folder cannot be used; the message is one line.
     """
-    from convexheads.datasets import dataset_splits, load_dataset
+    from convexheads.datasets import load_dataset, load_splits
 
-    columns = {"label_column": args.label_column, "image_column": args.image_column, "labels": args.labels}
+    options = {"holdout": args.holdout, "label_column": args.label_column}
+    options |= {"image_column": args.image_column, "labels": args.labels}
     limits = _limits(args.limit)
-    there = dataset_splits(args.data, holdout=args.holdout, **columns)
-    splits = (there or ["all"]) if args.split == "all" else [args.split]
-    unknown = [name for name in limits if name and name not in splits]
-    if unknown:
-        raise InputError(
-            describe(f"--limit for {', '.join(unknown)}", f"splits that are extracted: {', '.join(splits)}")
-        )
+    every = limits.pop("", None)
+    # All splits are opened before anything is computed: a wrong option is told at once.
+    if args.split == "all":
+        datasets = load_splits(args.data, limit=limits or every, **options)
+    else:
+        limit = limits.pop(args.split, every)
+        if limits:
+            raise InputError(describe(f"--limit for {', '.join(limits)}", f"one for {args.split}, the split asked for"))
+        datasets = {args.split: load_dataset(args.data, args.split, limit=limit, **options)}
     out = Path(args.out)
-    # All splits are opened before anything is computed: a wrong name is told at once.
-    datasets = {
-        split: load_dataset(args.data, split, limit=limits.get(split, limits.get("")), holdout=args.holdout, **columns)
-        for split in splits
-    }
 
     from convexheads.backbones import load_backbone
     from convexheads.tokens.extraction import extract
@@ -208,10 +207,11 @@ def _limits(text: str | None) -> dict[str, int]:
     """Split -> limit; "" stands for every split."""
     limits: dict[str, int] = {}
     for item in (text or "").split(",") if text else []:
-        name, equals, number = item.strip().rpartition("=")
-        if not number.isdigit() or int(number) < 1 or (equals and not name) or name in limits:
+        name, equals, number = (part.strip() for part in item.rpartition("="))
+        repeated = name in limits or (limits and ("" in limits or not name))
+        if not number.isdigit() or int(number) < 1 or (equals and not name) or repeated:
             raise InputError(describe(f"--limit {text}", "a number of images, or such as train=10000,test=2500"))
-        limits[name.strip()] = int(number)
+        limits[name] = int(number)
     return limits
 
 
@@ -226,12 +226,12 @@ def _print(summaries: list[dict[str, Any]], backbone: Any) -> None:
         if item["reused"]:
             how = "already there, reused"
         else:
-            how = (
-                f"{item['images_computed']} images in {item['seconds']:.0f} s, {item['images_per_second']:.1f} images/s"
-            )
+            how = f"{item['images_computed']} images in {item['seconds']:.0f} s"
+            how += f", {item['images_per_second']:.1f} images/s"
             how += f", {item['resumed_from']} were done before" if item["resumed_from"] else ""
+        tokens = f"{s} tokens ({' + '.join(parts)}{grid}) x {d}"
         size = f"{item['bytes'] / 1e6:.0f} MB {item['dtype']}"
-        print(f"  {item['path']}: {n} images x {s} tokens ({' + '.join(parts)}{grid}) x {d}, {labels}, {size}; {how}")
+        print(f"  {item['path']}: {n} images x {tokens}, {labels}, {size}; {how}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -394,7 +394,8 @@ class _Writer:
 
     def _open(self) -> None:
         if self.rows < self._total:
-            self._file = open(self._part_file(), "r+b" if self._part_file().exists() else "w+b", buffering=0)
+            mode = "r+b" if self._part_file().exists() else "w+b"
+            self._file = open(self._part_file(), mode, buffering=0)  # noqa: SIM115 - closed by close()
             # Rows beyond those recorded may be incomplete: they are computed again.
             self._file.truncate(self._part[0] * self._row_bytes)
             self._file.seek(self._part[0] * self._row_bytes)
@@ -427,9 +428,9 @@ class _Writer:
         size = rows * self._row_bytes
         if rows and part.exists() and part.stat().st_size >= size:
             sha = hashlib.sha256()
-            with open(part, "rb") as file:
+            with open(part, "rb") as stream:
                 left = size
-                while left > 0 and (block := file.read(min(1 << 20, left))):
+                while left > 0 and (block := stream.read(min(1 << 20, left))):
                     sha.update(block)
                     left -= len(block)
             if sha.hexdigest() == journal["part"]["sha256"]:
@@ -458,8 +459,8 @@ def _write_all(file: Any, data: memoryview) -> None:
 
 def _room(out: Path, needed: int) -> str:
     return (
-        f"Nothing that was done is lost: free some space ({needed / 1e9:.2f} GB are needed in all) and run the "
-        "same command again, it goes on where it stopped"
+        f"Nothing that was done is lost: free some space ({needed / 1e9:.2f} GB are needed in all) and run "
+        "the same command again, it goes on where it stopped"
     )
 
 

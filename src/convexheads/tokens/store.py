@@ -38,7 +38,11 @@ JOURNAL = "progress.json"
 LABELS = "labels.npy"
 
 # bfloat16 has no numpy type: its bits are kept in unsigned 16-bit integers.
-STORED_DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+}
 ROLES = ("cls", "registers", "patch")
 
 _SHARD_NAME = re.compile(r"tokens-\d{5}\.bin")
@@ -442,8 +446,9 @@ class TokenStore:
             head, rest = (index[0], index[1:]) if index else (slice(None), ())
             if head is Ellipsis or head is None:
                 raise InputError(describe(f"index {index!r}", "rows first, such as store[i:j]"))
-            block = self[head]
-            return block[rest] if isinstance(head, (int, np.integer)) else block[(slice(None), *rest)]
+            if not isinstance(head, (int, np.integer)):
+                rest = (slice(None), *rest)
+            return self[head][rest]
         if isinstance(index, (int, np.integer)) and not isinstance(index, (bool, np.bool_)):
             position = int(index) + len(self) if index < 0 else int(index)
             if not 0 <= position < len(self):

@@ -1,0 +1,677 @@
+"""Estimators in the scikit-learn manner: a thin face over problem, solver, certificate and heads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
+from sklearn.metrics import r2_score
+from sklearn.preprocessing import LabelEncoder
+from sklearn.utils import check_random_state
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
+
+from convexheads.errors import InputError, NotConvergedWarning, describe
+from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
+from convexheads.inputs import TokenRows, as_tokens
+from convexheads.losses import make_loss
+from convexheads.problem import Problem, Rows
+from convexheads.solvers import Solution, solver_function
+from convexheads.subspace import beta_max, branch_scale
+from convexheads.types import Factors, Units
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SMALL_PROBLEM = 2_000_000
+"""Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """``None`` is the CPU; ``"auto"`` the first accelerator that torch finds."""
+    if device is None:
+        return torch.device("cpu")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError("device: " + describe(repr(device), "None, 'auto' or a torch device such as 'cuda'")) from error
+
+
+class _ConvexHeadEstimator(BaseEstimator):
+    """What the classifier and the regressor share. Parameters are documented there."""
+
+    _loss_name: str
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.target_tags.multi_output = True
+        tags.target_tags.single_output = False
+        return tags
+
+    # Building the problem ---------------------------------------------------------------------------------
+
+    def _head_options(self) -> list[dict[str, Any]]:
+        heads = self.head if isinstance(self.head, (list, tuple)) else [self.head]
+        if not heads:
+            raise InputError("head: " + describe("an empty list", "at least one head"))
+        common = {
+            "activation": self.activation,
+            "gates": self.gates,
+            "grid": self.grid,
+            "n_blocks": self.n_blocks,
+        }
+        found = []
+        for head in heads:
+            if isinstance(head, str):
+                found.append({**common, "head": head})
+            elif isinstance(head, Mapping):
+                if "head" not in head:
+                    raise InputError("head: " + describe(f"options {dict(head)}", "a key 'head' with the head's name"))
+                found.append({**common, **head})
+            else:
+                raise InputError(
+                    "head: " + describe(repr(head), "a name, a dict of options with the key 'head', or a list of them")
+                )
+        return found
+
+    def _check_parameters(self) -> None:
+        def number(name: str, low: float, high: float = np.inf, *, none: bool = False, closed: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and none:
+                return
+            good = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
+            if not good or value > high or value < low or (value == low and not closed):
+                sign = ">=" if closed else ">"
+                top = "" if high == np.inf else f" and <= {high:g}"
+                extra = ", or None" if none else ""
+                raise InputError(f"{name}: " + describe(repr(value), f"a number {sign} {low:g}{top}{extra}"))
+
+        number("beta", 0.0, none=True)
+        number("beta_ratio", 0.0)
+        number("tol", 0.0)
+        number("max_iter", 1, closed=True)
+        number("max_rank", 1, none=True, closed=True)
+        if self.pooling not in ("mean", None):
+            raise InputError("pooling: " + describe(repr(self.pooling), "'mean', or None for token-level outputs"))
+        if self.dtype not in DTYPES:
+            raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
+        solver_function(self.solver)
+
+    def _build(
+        self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str
+    ) -> tuple[Problem, list[Branch]]:
+        """The problem for checked targets (n[, s], c) and sample weights (n,) that sum to one; beta is left at 1."""
+        tokens = as_tokens(X)
+        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
+        branches: list[Branch] = []
+        rows: list[Rows] = []
+        auto_weight = []
+        for options in self._head_options():
+            options = dict(options)
+            view = options.get("view")
+            own: torch.Tensor | TokenRows = tokens
+            if view is not None:
+                view = clone(view).fit(X)
+                own = as_tokens(view.transform(X))
+                options["view"] = view
+            auto_weight.append(options.get("weight") is None)
+            shape = (int(own.shape[1]), int(own.shape[2]))
+            pooled = self.pooling is not None
+            branches.append(make_branch(options, shape, targets.shape[-1], pooled, rng))
+            rows.append(own)
+        components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
+        size = max(int(np.prod(own.shape)) for own in rows)
+        dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= 1e-6 else torch.float64
+        problem = Problem(
+            components,
+            rows,
+            make_loss(loss),
+            torch.as_tensor(targets),
+            torch.as_tensor(weights),
+            1.0,
+            bool(self.fit_intercept),
+            dtype,
+            resolve_device(self.device),
+        )
+        if len(branches) > 1 and any(auto_weight):
+            self._balance(problem, branches, auto_weight)
+        return problem, branches
+
+    @staticmethod
+    def _balance(problem: Problem, branches: list[Branch], auto: list[bool]) -> None:
+        """Weights that give every branch the same beta_max, so that none is starved; the first branch has weight 1."""
+        scales = [branch_scale(problem, index) for index in range(len(branches))]
+        first = scales[0] if scales[0] > 0 else 1.0
+        for index, (branch, scale) in enumerate(zip(branches, scales, strict=True)):
+            if auto[index] and scale > 0:
+                branch.weight = scale / first
+                for component in problem.components:
+                    if component.branch == index:
+                        component.weight = branch.weight
+
+    def _fit_problem(
+        self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str, init: Any
+    ) -> Any:
+        self._check_parameters()
+        problem, branches = self._build(X, targets, weights, loss)
+        self.beta_max_ = beta_max(problem)
+        beta = self.beta if self.beta is not None else self.beta_ratio * self.beta_max_
+        # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
+        problem = problem.with_beta(float(beta) if beta > 0 else float(self.beta_ratio))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        solution = solver_function(self.solver)(
+            problem,
+            tol=float(self.tol),
+            max_iter=int(self.max_iter),
+            max_rank=None if self.max_rank is None else int(self.max_rank),
+            random_state=seed,
+            init=initial_factors(init, branches),
+            progress=_printer(self.verbose),
+        )
+        self._keep(problem, branches, solution, loss)
+        if not solution.converged:
+            warnings.warn(not_converged(solution, float(self.tol)), NotConvergedWarning, stacklevel=3)
+        return self
+
+    def _keep(self, problem: Problem, branches: list[Branch], solution: Solution, loss: str) -> None:
+        self.loss_ = loss
+        self.beta_ = problem.beta
+        self.certificate_ = solution.certificate
+        self.n_iter_ = solution.n_iter
+        self.history_ = solution.history.as_dict()
+        self.message_ = solution.message
+        self._branches = branches
+        self._factors = Factors(
+            [units.to(torch.float64) for units in solution.factors.units], solution.factors.intercept
+        ).to(torch.float64)
+        self._factors = _on_cpu(self._factors)
+        for branch in branches:
+            branch.gates = [None if g is None else g.cpu() for g in branch.gates]
+        self._module: ConvexHead | None = None
+
+    # Fitted attributes ------------------------------------------------------------------------------------
+
+    @property
+    def blocks_(self) -> list[Block]:
+        """One block a (branch, channel group, gate), in that order of nesting, in canonical form."""
+        check_is_fitted(self)
+        components = [c for index, branch in enumerate(self._branches) for c in branch.components(index)]
+        return canonical_blocks(components, self._factors)
+
+    @property
+    def rank_(self) -> int:
+        """Total number of units."""
+        return sum(len(block.singular_values) for block in self.blocks_)
+
+    @property
+    def intercept_(self) -> np.ndarray | None:
+        """The intercept (c,), or None."""
+        check_is_fitted(self)
+        return None if self._factors.intercept is None else self._factors.intercept.numpy().copy()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_factors")
+
+    def to_module(self, dtype: torch.dtype | None = None) -> ConvexHead:
+        """The head as a torch.nn.Module: (n, s, d) -> the logits of ``decision_function``.
+
+        Parameters
+        ----------
+        dtype : dtype of the weights; default: the estimator's ``dtype``.
+        """
+        check_is_fitted(self)
+        head = ConvexHead(self._branches, self._factors, DTYPES[self.dtype] if dtype is None else dtype, self.beta_)
+        return head.eval()
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Outputs (n[, s], c) in chunks of samples."""
+        check_is_fitted(self)
+        self._check_columns(X)
+        tokens = as_tokens(X)
+        self._check_tokens(tuple(tokens.shape))
+        if getattr(self, "_module", None) is None:
+            self._module = self.to_module().to(resolve_device(self.device))
+        module = self._module
+        assert module is not None
+        weight = next(module.parameters())
+        step = max(16, min(1024, 2**25 // (int(np.prod(tokens.shape[1:])) * max(1, self._factors.n_units))))
+        with torch.no_grad():
+            parts = [
+                module(tokens[i : i + step].to(weight.device, weight.dtype)).double().cpu()
+                for i in range(0, int(tokens.shape[0]), step)
+            ]
+        return torch.cat(parts).numpy()
+
+    def _check_tokens(self, shape: tuple[int, ...]) -> None:
+        if shape[2] != self.n_features_in_:
+            raise InputError(
+                f"X has {shape[2]} features, but {type(self).__name__} is expecting {self.n_features_in_} features as "
+                "input. Give the tokens the same transforms as in fit"
+            )
+        if shape[1] != self.n_tokens_in_:
+            raise InputError(
+                "X: "
+                + describe(
+                    f"{shape[1]} tokens a sample",
+                    f"{self.n_tokens_in_} as in fit",
+                    "Extract with the same resolution and token choice.",
+                )
+            )
+
+    def _check_columns(self, X: Any) -> None:
+        names = _get_feature_names(X)
+        fitted = getattr(self, "feature_names_in_", None)
+        if names is None and fitted is None:
+            return
+        from sklearn.utils.validation import _check_feature_names
+
+        _check_feature_names(self, X, reset=False)
+
+    def _remember_input(self, X: Any) -> tuple[int, ...]:
+        from sklearn.utils.validation import _check_feature_names
+
+        _check_feature_names(self, X, reset=True)
+        tokens = as_tokens(X)
+        shape = tuple(int(size) for size in tokens.shape)
+        self.n_features_in_ = shape[2]
+        self.n_tokens_in_ = shape[1]
+        return shape
+
+    def _sample_weights(self, sample_weight: Any, X: Any, n: int, extra: np.ndarray | None = None) -> np.ndarray:
+        """Weights (n,) that sum to one."""
+        if sample_weight is None:
+            weights = np.ones(n)
+        else:
+            weights = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
+        if extra is not None:
+            weights = weights * extra
+        if not weights.sum() > 0:
+            raise InputError("sample_weight: " + describe("weights that are all zero", "a positive sum"))
+        return weights / weights.sum()
+
+    # Saving -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to one file: safetensors with a JSON header, no pickle, atomically.
+
+        Raises
+        ------
+        InputError
+            If the estimator is not fitted or has a view that cannot describe itself.
+        DataError
+            If the file cannot be written; an older file at ``path`` stays as it was.
+        """
+        from convexheads.storage import save_estimator
+
+        check_is_fitted(self)
+        save_estimator(self, path)
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    units = [
+        Units(
+            None if u.u is None else u.u.detach().cpu(),
+            u.v.detach().cpu(),
+            None if u.gate is None else u.gate.cpu(),
+        )
+        for u in factors.units
+    ]
+    return Factors(units, None if factors.intercept is None else factors.intercept.detach().cpu())
+
+
+def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
+    """Factors to start from, out of a fitted estimator or a module of the same heads."""
+    if init is None:
+        return None
+    factors = init if isinstance(init, Factors) else getattr(init, "_factors", None)
+    if factors is None and isinstance(init, ConvexHead):
+        factors = init.factors()
+    if factors is None:
+        raise InputError("init: " + describe(type(init).__name__, "a fitted estimator or a ConvexHead module"))
+    shapes = [(c.form.u_shape, (c.form.value_width, c.width)) for i, b in enumerate(branches) for c in b.components(i)]
+    given = [(() if u.u is None else tuple(u.u.shape[1:]), tuple(u.v.shape[1:])) for u in factors.units]
+    if shapes != given:
+        raise InputError("init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens"))
+    return factors
+
+
+def not_converged(solution: Solution, tol: float) -> str:
+    """The warning of a fit that stopped early: the gap it reached, and what to change."""
+    certificate = solution.certificate
+    return (
+        f"the fit stopped at a relative gap of {certificate.relative_gap:.2e}, above tol = {tol:g} "
+        f"({solution.message}). The objective is at most {certificate.gap:.2e} above the global optimum. "
+        "Raise max_iter, raise tol, choose a larger beta, or leave max_rank at None"
+    )
+
+
+def _printer(verbose: int) -> Callable[[dict], None] | None:
+    if not verbose:
+        return None
+
+    def show(state: dict) -> None:
+        print(
+            f"iteration {state['iteration']:5d}  objective {state['objective']:.6f}  gap {state['gap']:.2e}  "
+            f"units {state['rank']:4d}  {state['seconds']:7.1f} s",
+            flush=True,
+        )
+
+    return show
+
+
+class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
+    """A head on frozen tokens, trained as a convex program to certified global optimality.
+
+    Parameters
+    ----------
+    head : ``self_attention``, ``mixer``, ``fno``, ``block_fno``, ``mlp`` or ``linear``; or a list of heads, whose sum
+        is fitted: names, or dicts with the key ``head`` and any of ``activation``, ``gates``, ``grid``, ``n_blocks``,
+        ``weight`` (multiplies beta for this branch; None: chosen so that every branch has the same beta_max) and
+        ``view`` (a transform that is fitted with the branch and gives it its own tokens).
+    activation : ``linear`` or ``gated_relu``.
+    gates : number of random gates, or the gates: a sequence of arrays of u's shape (block_fno: one a block).
+    grid : (h, w) with h * w = s: two-dimensional shifts for FNO heads; None: one-dimensional.
+    n_blocks : block_fno only: number of channel groups; divides d and c.
+    pooling : ``mean`` over tokens, or None for token-level outputs and labels (n, s).
+    beta : weight decay (beta/2) (||u||^2 + ||v||^2); None: ``beta_ratio`` times ``beta_max_``.
+    beta_ratio : used where ``beta`` is None.
+    fit_intercept : whether to fit an unpenalised intercept.
+    tol : relative duality gap (gap / primal) at which fitting stops.
+    max_iter : most iterations of the solver.
+    max_rank : most units in all, or None.
+    solver : ``factored``, or ``fista`` (dense, the reference for small sizes).
+    random_state : seed of gates and starting point.
+    device : None (CPU), ``auto`` or a torch device.
+    dtype : of iterations and module, ``float32`` or ``float64``; certificates always use float64.
+    verbose : 1 prints a line at every check of the gap.
+    loss : ``auto``, ``cross_entropy`` or ``multilabel_logistic``; auto takes the second for 0/1 indicators (n, c).
+    label_smoothing : share in [0, 1) of every label's mass that is spread over all classes.
+    class_weight : None, ``balanced`` or a dict from class to weight; multiplies the sample weights.
+
+    Attributes
+    ----------
+    certificate_ : :class:`~convexheads.certificate.Certificate` of the fit.
+    beta_, beta_max_ : the weight decay used, and the smallest one with an empty head.
+    classes_, n_features_in_, n_tokens_in_ : c class labels, d and s.
+    intercept_ : (c,) or None.
+    n_iter_, history_ : iterations, and objective, gap, seconds and rank at every check.
+    blocks_, rank_ : canonical heads, and their number.
+    """
+
+    def __init__(
+        self,
+        head: Any = "self_attention",
+        activation: str = "linear",
+        gates: Any = 16,
+        grid: tuple[int, int] | None = None,
+        n_blocks: int = 4,
+        pooling: str | None = "mean",
+        beta: float | None = None,
+        beta_ratio: float = 0.02,
+        fit_intercept: bool = True,
+        tol: float = 1e-3,
+        max_iter: int = 2000,
+        max_rank: int | None = None,
+        solver: str = "factored",
+        random_state: Any = 0,
+        device: str | None = None,
+        dtype: str = "float32",
+        verbose: int = 0,
+        loss: str = "auto",
+        label_smoothing: float = 0.0,
+        class_weight: Any = None,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.gates = gates
+        self.grid = grid
+        self.n_blocks = n_blocks
+        self.pooling = pooling
+        self.beta = beta
+        self.beta_ratio = beta_ratio
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+        self.max_rank = max_rank
+        self.solver = solver
+        self.random_state = random_state
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+        self.class_weight = class_weight
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadClassifier:
+        """Fit to tokens X (n, s, d), or (n, d) taken as one token.
+
+        Parameters
+        ----------
+        y : class labels (n,), or (n, s) where ``pooling`` is None; soft labels (n, c) whose rows sum to one; or 0/1
+            indicators (n, c) for several labels a sample.
+        sample_weight : (n,) non-negative, or None.
+        init : fitted estimator or module of the same heads to start from.
+
+        Raises
+        ------
+        InputError
+            For tokens, labels, weights or parameters that cannot be used; the message says what to do.
+
+        Warns
+        -----
+        NotConvergedWarning
+            If the gap reached is above ``tol``.
+        """
+        targets, weights, loss = self.encode(X, y, sample_weight)
+        return self._fit_problem(X, targets, weights, loss, init)
+
+    def encode(self, X: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """Targets (n[, s], c), sample weights (n,) that sum to one, and the loss; sets ``classes_``."""
+        if y is None:
+            raise InputError("y: requires y to be passed, but the target y is None. Give one label a sample")
+        shape = self._remember_input(X)
+        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        if y.dtype.kind == "f" and not np.isfinite(y).all():
+            raise InputError("y: " + describe("NaN or infinity (inf)", "one finite label for every sample"))
+        if len(y) != shape[0] or y.ndim == 0:
+            raise InputError("y: " + describe(f"{len(y)} labels", f"n = {shape[0]}, one for every sample of X"))
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError("label_smoothing: " + describe(repr(self.label_smoothing), "a number in [0, 1)"))
+        targets, loss, per_sample = self._targets(y, shape)
+        extra = None
+        if self.class_weight is not None:
+            if per_sample is None:
+                raise InputError("class_weight: " + describe("soft or several labels", "one hard label a sample"))
+            extra = compute_sample_weight(self.class_weight, self.classes_[per_sample])
+        weights = self._sample_weights(sample_weight, X, shape[0], extra)
+        if self.label_smoothing:
+            eps, c = float(self.label_smoothing), targets.shape[-1]
+            targets = (1 - eps) * targets + (eps / c if loss == "cross_entropy" else eps / 2)
+        return targets, weights, loss
+
+    def _targets(self, y: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str, np.ndarray | None]:
+        if self.loss not in ("auto", "cross_entropy", "multilabel_logistic"):
+            raise InputError(
+                "loss: " + describe(repr(self.loss), "'auto', 'cross_entropy' or 'multilabel_logistic'")
+            )
+        token_level = self.pooling is None
+        label_ndim = 2 if token_level else 1
+        if not token_level and y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        self._indicator = False
+        if y.ndim == label_ndim and self.loss != "multilabel_logistic":
+            if token_level and y.shape[1] != shape[1]:
+                raise InputError("y: " + describe(f"{y.shape[1]} labels a sample", f"s = {shape[1]}, one a token"))
+            check_classification_targets(y.reshape(-1))
+            encoder = LabelEncoder().fit(y.reshape(-1))
+            self.classes_ = encoder.classes_
+            if len(self.classes_) < 2:
+                raise InputError(
+                    "y: "
+                    + describe(
+                        f"one class ({self.classes_[0]!r})",
+                        "at least 2 classes",
+                        "The classifier needs samples of every class that it should tell apart.",
+                    )
+                )
+            index = encoder.transform(y.reshape(-1)).reshape(y.shape)
+            return np.eye(len(self.classes_))[index], "cross_entropy", index if label_ndim == 1 else None
+        if y.ndim != label_ndim + 1 or y.dtype.kind not in "fiub":
+            raise InputError(
+                "y: "
+                + describe(
+                    f"shape {y.shape} of dtype {y.dtype}",
+                    f"labels ({'n, s' if token_level else 'n'},), soft labels or 0/1 indicators with a last axis c",
+                )
+            )
+        values = y.astype(np.float64)
+        if values.min() < 0 or values.max() > 1:
+            raise InputError("y: " + describe(f"values in [{values.min():g}, {values.max():g}]", "values in [0, 1]"))
+        self.classes_ = np.arange(y.shape[-1])
+        indicator = type_of_target(y.reshape(-1, y.shape[-1])) == "multilabel-indicator"
+        sums = np.allclose(values.sum(-1), 1.0, atol=1e-6)
+        loss = self.loss
+        if loss == "auto":
+            loss = "cross_entropy" if sums and not indicator else "multilabel_logistic"
+        if loss == "cross_entropy":
+            if not sums:
+                raise InputError("y: " + describe("soft labels whose rows do not sum to one", "rows that sum to one"))
+            values = values / values.sum(-1, keepdims=True)
+        self._indicator = loss == "multilabel_logistic"
+        return values, loss, None
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (n, c), or (n, s, c) for token-level outputs."""
+        return self._outputs(X)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities, of the shape of ``decision_function``."""
+        logits = torch.from_numpy(self._outputs(X))
+        return (torch.sigmoid(logits) if self._indicator else torch.softmax(logits, -1)).numpy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predicted labels (n,), or (n, s) for token-level outputs; indicators (n, c) for several labels."""
+        logits = self._outputs(X)
+        if self._indicator:
+            return (logits > 0).astype(int)
+        return self.classes_[logits.argmax(-1)]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Mean accuracy on labels (n,), or (n, s) counted token by token."""
+        if self.pooling is None:
+            hits = (self.predict(X) == np.asarray(y)).mean(1)
+            return float(np.average(hits, weights=sample_weight))
+        return float(super().score(X, y, sample_weight))
+
+
+class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
+    """As :class:`ConvexHeadClassifier`, with the squared loss (1/2n) sum of squared residuals.
+
+    ``fit`` takes y (n,), (n, c), or (n, s, c) where ``pooling`` is None; ``predict`` returns the same shape.
+    """
+
+    def __init__(
+        self,
+        head: Any = "self_attention",
+        activation: str = "linear",
+        gates: Any = 16,
+        grid: tuple[int, int] | None = None,
+        n_blocks: int = 4,
+        pooling: str | None = "mean",
+        beta: float | None = None,
+        beta_ratio: float = 0.02,
+        fit_intercept: bool = True,
+        tol: float = 1e-3,
+        max_iter: int = 2000,
+        max_rank: int | None = None,
+        solver: str = "factored",
+        random_state: Any = 0,
+        device: str | None = None,
+        dtype: str = "float32",
+        verbose: int = 0,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.gates = gates
+        self.grid = grid
+        self.n_blocks = n_blocks
+        self.pooling = pooling
+        self.beta = beta
+        self.beta_ratio = beta_ratio
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+        self.max_rank = max_rank
+        self.solver = solver
+        self.random_state = random_state
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadRegressor:
+        """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y."""
+        targets, weights, loss = self.encode(X, y, sample_weight)
+        return self._fit_problem(X, targets, weights, loss, init)
+
+    def encode(self, X: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """Targets (n[, s], c), sample weights (n,) that sum to one, and the loss."""
+        if y is None:
+            raise InputError("y: requires y to be passed, but the target y is None. Give one value a sample")
+        shape = self._remember_input(X)
+        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        try:
+            values = y.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError("y: " + describe(f"dtype {y.dtype}", "numbers")) from error
+        if np.iscomplexobj(y) or not np.isfinite(values).all():
+            raise InputError("y: " + describe("NaN, infinity (inf) or complex values", "finite real values"))
+        if len(y) != shape[0] or y.ndim == 0:
+            raise InputError("y: " + describe(f"{len(y)} targets", f"n = {shape[0]}, one for every sample of X"))
+        token_level = self.pooling is None
+        if token_level and (y.ndim != 3 or y.shape[1] != shape[1]):
+            raise InputError("y: " + describe(f"shape {y.shape}", f"(n, s, c) with s = {shape[1]} for pooling=None"))
+        if not token_level and y.ndim not in (1, 2):
+            raise InputError("y: " + describe(f"shape {y.shape}", "(n,) or (n, c) for pooling='mean'"))
+        self._flat_target = y.ndim == 1
+        weights = self._sample_weights(sample_weight, X, shape[0])
+        return values[:, None] if self._flat_target else values, weights, "squared"
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predictions, of the shape of y in fit."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if self._flat_target else outputs
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Outputs (n, c), or (n, s, c) for token-level outputs: what ``to_module()`` computes."""
+        return self._outputs(X)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Coefficient of determination R^2; token-level outputs count every token."""
+        predicted, truth = self.predict(X), np.asarray(y)
+        if truth.ndim == 3:
+            if sample_weight is not None:
+                sample_weight = np.repeat(sample_weight, truth.shape[1])
+            truth, predicted = truth.reshape(-1, truth.shape[-1]), predicted.reshape(-1, truth.shape[-1])
+        return float(r2_score(truth, predicted, sample_weight=sample_weight))
+
+
+def load(path: str | Path) -> ConvexHeadClassifier | ConvexHeadRegressor:
+    """Read an estimator written by ``save``; runs no code from the file.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, truncated or not one of ours.
+    """
+    from convexheads.storage import load_estimator
+
+    return load_estimator(path)
+

@@ -1,0 +1,122 @@
+"""Tokens as users have them: arrays, memory maps, tensors, token stores. Checked, never copied without need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_array
+
+from convexheads.errors import InputError, describe
+
+CHECK_ROWS = 4096
+
+
+class TokenRows:
+    """Rows of tokens (n, s, d) that are read on demand from something sliceable, checked to be finite once."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        shape = tuple(int(size) for size in source.shape)
+        self.shape = shape if len(shape) == 3 else (shape[0], 1, shape[1])
+        for start in range(0, self.shape[0], CHECK_ROWS):
+            check_finite(self[start : start + CHECK_ROWS], start)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part = torch.as_tensor(np.ascontiguousarray(np.asarray(self.source[index])))
+        if part.dtype not in (torch.float32, torch.float64):
+            part = part.float()
+        return part if part.ndim == 3 else part[:, None]
+
+
+def check_finite(part: torch.Tensor, start: int = 0) -> None:
+    """Raise InputError if tokens contain NaN or infinity, naming the first sample."""
+    if bool(torch.isfinite(part.sum())):
+        return
+    bad = ~torch.isfinite(part).flatten(1).all(1)
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0, 0])
+    kind = "NaN" if bool(torch.isnan(part[row]).any()) else "infinity (inf)"
+    raise InputError(
+        "X: "
+        + describe(
+            f"{kind} in the tokens of sample {start + row} ({int(bad.sum())} such samples in this part)",
+            "finite tokens",
+            "Remove these samples, or look for an overflow in float16 extraction.",
+        )
+    )
+
+
+def as_tokens(X: Any, keep_lazy: bool = True) -> torch.Tensor | TokenRows:
+    """Tokens (n, s, d) from what users pass; (n, d) becomes one token a sample.
+
+    In-memory arrays become a tensor that shares their memory (float32 and float64 are kept, all else becomes
+    float64); memory maps and token stores stay on disk as :class:`TokenRows`.
+
+    Raises
+    ------
+    InputError
+        For another number of dimensions, an empty axis, or tokens that are not finite real numbers.
+    """
+    if isinstance(X, TokenRows):
+        return X
+    if keep_lazy and (isinstance(X, np.memmap) or _is_store(X)):
+        _check_shape(tuple(X.shape))
+        return TokenRows(X)
+    if isinstance(X, torch.Tensor):
+        _check_shape(tuple(X.shape))
+        tensor = X.detach()
+        if tensor.is_complex():
+            raise InputError("X: " + describe("complex numbers", "real tokens"))
+        if tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.float()
+        check_finite(tensor)
+    else:
+        if _is_store(X):
+            X = np.asarray(X)
+        array = check_array(
+            X, allow_nd=True, dtype=[np.float64, np.float32], ensure_min_samples=1, ensure_all_finite=False
+        )
+        _check_shape(array.shape)
+        array = np.ascontiguousarray(array)
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        check_finite(tensor)
+    return tensor if tensor.ndim == 3 else tensor[:, None]
+
+
+def _is_store(X: Any) -> bool:
+    # A token store or a lazy view: an object with a shape and row slicing that is no array of its own.
+    return (
+        hasattr(X, "shape")
+        and hasattr(X, "__getitem__")
+        and not isinstance(X, (np.ndarray, torch.Tensor))
+        and not hasattr(X, "iloc")
+        and not hasattr(X, "tocsr")
+        and not hasattr(X, "__array_interface__")
+        and not hasattr(X, "__array_namespace__")
+        and not hasattr(X, "__array_function__")
+        and len(getattr(X, "shape", ())) in (2, 3)
+    )
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) not in (2, 3):
+        raise InputError(
+            "X: "
+            + describe(
+                f"{len(shape)} dimensions, shape {shape}",
+                "tokens (n, s, d): samples, tokens, features; or (n, d) for one token a sample",
+            )
+        )
+    if 0 in shape:
+        names = ("sample", "feature") if len(shape) == 2 else ("sample", "token", "feature")
+        empty = names[shape.index(0)]
+        raise InputError(
+            "X: "
+            + describe(f"0 {empty}(s) (shape={shape}) while a minimum of 1 is required", f"at least one {empty}")
+        )

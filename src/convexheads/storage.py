@@ -1,0 +1,196 @@
+"""Estimators on disk: one safetensors file with a JSON header; loading runs no code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialise
+
+from convexheads import estimators
+from convexheads.certificate import Certificate
+from convexheads.errors import DataError, InputError, describe
+from convexheads.heads import Branch
+from convexheads.tokens import transforms
+from convexheads.tokens.files import write_atomic
+from convexheads.types import Factors, Units
+
+FORMAT = 1
+KEY = "convexheads"
+FITTED = ("beta_", "beta_max_", "n_iter_", "history_", "message_", "loss_", "n_features_in_", "n_tokens_in_")
+CLASSES = {"ConvexHeadClassifier", "ConvexHeadRegressor"}
+"""Names of the estimators that a file may name."""
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A parameter as JSON; arrays and transforms are stored with the fitted state, not here."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(v, name) for v in value]}
+    if isinstance(value, list):
+        return [_plain(v, name) for v in value]
+    if isinstance(value, np.ndarray):
+        return {"array": value.tolist(), "dtype": str(value.dtype)}
+    if isinstance(value, transforms.TokenTransform):
+        config, arrays = value.state()
+        return {"transform": config, "arrays": {k: _plain(v, name) for k, v in arrays.items()}}
+    if isinstance(value, Mapping):
+        return {"dict": [[_plain(k, name), _plain(v, name)] for k, v in value.items()]}
+    if hasattr(value, "tolist"):
+        return {"array": np.asarray(value).tolist(), "dtype": str(np.asarray(value).dtype)}
+    raise InputError(
+        f"{name}: "
+        + describe(f"a {type(value).__name__}, which has no JSON form", "numbers, strings, arrays or transforms")
+    )
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restore(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_restore(v) for v in value["tuple"])
+    if "array" in value:
+        return np.array(value["array"], dtype=value["dtype"])
+    if "transform" in value:
+        return transforms.from_state(value["transform"], {k: _restore(v) for k, v in value["arrays"].items()})
+    return {_restore(k): _restore(v) for k, v in value["dict"]}
+
+
+def save_estimator(estimator: Any, path: str | Path) -> None:
+    """Write a fitted estimator; see :meth:`ConvexHeadClassifier.save`."""
+    arrays: dict[str, np.ndarray] = {}
+    branches = []
+    for b, branch in enumerate(estimator._branches):
+        config = branch.config()
+        for g, gates in enumerate(branch.gates):
+            if gates is not None:
+                arrays[f"branches.{b}.groups.{g}.gates"] = gates.numpy()
+        config["n_groups"] = len(branch.gates)
+        config["view"] = None
+        if branch.view is not None:
+            if not hasattr(branch.view, "state"):
+                raise InputError("view: " + describe(type(branch.view).__name__, "a transform of convexheads.tokens"))
+            view, held = branch.view.state()
+            config["view"] = view
+            arrays |= {f"branches.{b}.view.{name}": np.asarray(array) for name, array in held.items()}
+        branches.append(config)
+    for k, units in enumerate(estimator._factors.units):
+        for name in ("u", "v", "gate"):
+            tensor = getattr(units, name)
+            if tensor is not None:
+                arrays[f"units.{k}.{name}"] = tensor.numpy()
+    if estimator._factors.intercept is not None:
+        arrays["intercept"] = estimator._factors.intercept.numpy()
+    header = {
+        "format": FORMAT,
+        "class": type(estimator).__name__,
+        "params": {name: _plain(v, name) for name, v in estimator.get_params(deep=False).items()},
+        "fitted": {name: getattr(estimator, name) for name in FITTED},
+        "certificate": estimator.certificate_.as_dict(),
+        "branches": branches,
+        "n_components": len(estimator._factors.units),
+    }
+    for name in ("classes_", "feature_names_in_"):
+        if hasattr(estimator, name):
+            values = getattr(estimator, name)
+            header[name] = {"values": values.tolist(), "dtype": "O" if values.dtype.kind == "O" else values.dtype.str}
+    for name in ("_indicator", "_flat_target"):
+        if hasattr(estimator, name):
+            header[name] = bool(getattr(estimator, name))
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    target = _file(path)
+    try:
+        write_atomic(target, serialise(contiguous, metadata={KEY: json.dumps(header)}))
+    except OSError as error:
+        raise DataError(f"{target}: could not be written ({error.strerror or error})") from error
+
+
+def load_estimator(path: str | Path) -> Any:
+    """Read an estimator; see :func:`convexheads.load`."""
+    file = _file(path)
+    if not file.exists():
+        raise DataError(f"{file}: " + describe("no such file", "a model written by save"))
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            header = json.loads((opened.metadata() or {})[KEY])
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{file}: "
+            + describe(
+                f"a file that is truncated or not a convexheads model ({error})",
+                "a model written by save",
+                "Save it again.",
+            )
+        ) from error
+    if header.get("format") != FORMAT or header.get("class") not in CLASSES:
+        raise DataError(
+            f"{file}: "
+            + describe(
+                f"format {header.get('format')} of class {header.get('class')!r}",
+                f"format {FORMAT} of {sorted(CLASSES)}",
+                "It was written by another version.",
+            )
+        )
+    try:
+        return _rebuild(header, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: " + describe(f"a header that does not fit ({error})", "a whole model")) from error
+
+
+def _rebuild(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
+    import torch
+
+    params = {name: _restore(value) for name, value in header["params"].items()}
+    estimator = getattr(estimators, header["class"])(**params)
+    for name in FITTED:
+        setattr(estimator, name, header["fitted"][name])
+    estimator.certificate_ = Certificate.from_dict(header["certificate"])
+    branches = []
+    for b, config in enumerate(header["branches"]):
+        config = dict(config)
+        gates = []
+        for g in range(config.pop("n_groups")):
+            found = arrays.get(f"branches.{b}.groups.{g}.gates")
+            gates.append(None if found is None else torch.from_numpy(found.copy()))
+        view = config.pop("view")
+        if view is not None:
+            prefix = f"branches.{b}.view."
+            held = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+            view = transforms.from_state(view, held)
+        grid = None if config["grid"] is None else tuple(config["grid"])
+        branches.append(Branch(**{**config, "grid": grid}, gates=gates, view=view))
+    units = []
+    for k in range(header["n_components"]):
+        u, v, gate = (arrays.get(f"units.{k}.{name}") for name in ("u", "v", "gate"))
+        units.append(
+            Units(
+                None if u is None else torch.from_numpy(u.copy()),
+                torch.from_numpy(np.array(v)),
+                None if gate is None else torch.from_numpy(gate.copy()),
+            )
+        )
+    intercept = arrays.get("intercept")
+    estimator._branches = branches
+    estimator._factors = Factors(units, None if intercept is None else torch.from_numpy(intercept.copy()))
+    for name in ("classes_", "feature_names_in_"):
+        if name in header:
+            setattr(estimator, name, np.array(header[name]["values"], dtype=header[name]["dtype"]))
+    for name in ("_indicator", "_flat_target"):
+        if name in header:
+            setattr(estimator, name, header[name])
+    return estimator
