@@ -14,6 +14,8 @@ import tarfile
 import tempfile
 import threading
 import urllib.request
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,9 +120,10 @@ class ImageSource:
             return _to_rgb(reader.read(row))
         except DataError:
             raise
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, _bomb()) as error:
-            fix = "Repair or remove it"
-            raise DataError(f"{reader.where(row)}: cannot read the image ({error}). {fix}") from error
+        except Exception as error:
+            # Broken files make Pillow raise errors of nearly every type.
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{reader.where(row)}: cannot read the image ({reason}). Repair or remove it") from error
 
     def where(self, index: int) -> str:
         """File or row that image ``index`` comes from."""
@@ -802,7 +805,7 @@ def _array_files(path: Path) -> dict[str | None, Path]:
 def _load_array(file: Path) -> Any:
     try:
         return np.load(file, allow_pickle=False, mmap_mode="r" if file.suffix.lower() == ".npy" else None)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{file}: cannot be read as an array ({error}). "
             "Save it with numpy.save or numpy.savez, without Python objects in it"
@@ -821,7 +824,7 @@ def _arrays(path: Path, files: dict[str | None, Path], label_file: Path | None) 
         with loaded:
             try:
                 content = {key: loaded[key] for key in loaded.files}
-            except (OSError, ValueError, EOFError, KeyError, _bad_zip()) as error:
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
                 raise DataError(f"{file}: cannot be read ({error}). Save it again with numpy.savez") from error
         if "class_names" in content:
             class_names = [str(name) for name in content["class_names"]]
@@ -893,7 +896,7 @@ def _cifar100(archive: Path, label_column: str | None) -> _Source:
                     # Read into memory: nothing is unpacked, so no path of the archive is ever used.
                     file = tar.extractfile(member)
                     wanted[name] = file.read() if file is not None else b""
-    except (OSError, EOFError, tarfile.TarError, _zlib_error()) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DataError(f"{archive}: cannot be read as an archive ({error}). Download {CIFAR100_URL} again") from error
     names = [line for line in wanted[f"{column}_names.txt"].decode().split() if line]
     parts: dict[str | None, _Part] = {}
@@ -952,21 +955,3 @@ def _to_rgb(image: Any) -> Any:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _bomb() -> type[Exception]:
-    from PIL import Image
-
-    return Image.DecompressionBombError
-
-
-def _bad_zip() -> type[Exception]:
-    import zipfile
-
-    return zipfile.BadZipFile
-
-
-def _zlib_error() -> type[Exception]:
-    import zlib
-
-    return zlib.error

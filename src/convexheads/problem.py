@@ -115,7 +115,7 @@ class Problem:
     def _cached_stats(self, dtype: torch.dtype) -> list[Stats] | None:
         """Statistics of all samples, or None where they would not fit into ``cache_bytes``."""
         if dtype not in self._cache:
-            step = self.chunk_rows()
+            step = self.chunk_rows(fresh=True)
             first = self._fresh_stats(slice(0, min(step, self.n)), dtype)
             size = sum(t.numel() * t.element_size() for stats in first for t in stats)
             if size / min(step, self.n) * self.n > self.cache_bytes:
@@ -136,10 +136,16 @@ class Problem:
         """Free the cached statistics."""
         self._cache.clear()
 
-    def chunk_rows(self, n_units: int = 32) -> int:
-        """Samples a chunk, so that the temporaries of ``n_units`` units stay small."""
-        work = max(component.form.workspace for component in self.components)
-        return max(16, min(8192, WORKSPACE // max(1, work * n_units)))
+    def chunk_rows(self, n_units: int = 32, fresh: bool = False) -> int:
+        """Samples a chunk, so that the temporaries of ``n_units`` units stay small.
+
+        ``fresh`` where the chunk's statistics are computed too: every gate needs room for its own.
+        """
+        work = max(component.form.workspace for component in self.components) * n_units
+        if fresh:
+            sizes = [c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components]
+            work = max(work, *sizes)
+        return max(16, min(8192, WORKSPACE // max(1, work)))
 
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
         """Statistics of some samples for every component."""
@@ -156,7 +162,8 @@ class Problem:
         return targets[index], weights[index]
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        for index in split_rows(self.n, self.chunk_rows(n_units)):
+        fresh = not cached or self._cached_stats(dtype) is None
+        for index in split_rows(self.n, self.chunk_rows(n_units, fresh)):
             yield index, self.stats_of(index, dtype, cached)
 
     # Forward ----------------------------------------------------------------------------------------------
@@ -345,7 +352,7 @@ class Problem:
         cached = self._cached_stats(dtype) if dtype == self.dtype else None
         p = max(1, component.p)
         entries = p * component.form.value_width * (1 if component.form.pooled else component.form.tokens)
-        step = max(16, min(self.chunk_rows(4), 2 * WORKSPACE // max(1, entries)))
+        step = max(16, min(self.chunk_rows(4, True), 2 * WORKSPACE // max(1, entries)))
         band = max(1, min(p, 2 * WORKSPACE // max(1, step * entries // p)))
         total = torch.zeros(p, component.q, dtype=dtype, device=self.device)
         if component.ridge:

@@ -1,6 +1,6 @@
 """Leading singular pairs of all blocks at once, matrix-free, and beta_max.
 
-Subspace iteration with the adjoint applied from both sides; every value is a Rayleigh quotient, hence a lower bound
+Block Krylov iteration with the adjoint applied from both sides; every value is a Rayleigh quotient, hence a lower bound
 of the true one: good for steering a solver, never for a claim.
 """
 
@@ -17,6 +17,8 @@ from convexheads.types import Units
 
 DENSE_WORK = 3e11
 """Floating-point operations up to which beta_max forms every Gamma."""
+DENSE_SIZE = 256
+"""Largest min(p, q) for which an SVD of Gamma is cheaper than a search."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ class SingularPair:
 
 
 class BlockSubspace:
-    """Subspace iteration that remembers its vectors, so that the next dual point starts from them."""
+    """Block Krylov search on all blocks at once; remembers its vectors, so that the next dual point starts there.
+
+    The Krylov space of Gamma^T Gamma is kept whole (with full reorthogonalisation), which needs far fewer adjoints
+    than plain subspace iteration where singular values cluster at beta, as they do at an optimum.
+    """
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
         self.problem, self.generator = problem, generator
@@ -46,79 +52,142 @@ class BlockSubspace:
         sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative.
         """
         problem = self.problem
-        dtype = L.dtype
-        units, owners = [], []
+        if self._dense_is_cheap(size, rounds):
+            return self._dense_pairs(L, size)
+        searches = [
+            _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
+            for k, component in enumerate(problem.components)
+            if not component.ridge
+            for g in problem.gates_of(k)
+        ]
+        for search in searches:
+            search.start(self.top.get(search.key), self.generator, L)
+        previous, best, ridge = 0.0, 0.0, 0.0
+        for step in range(rounds):
+            applied, ridge = self._apply(searches, L, ridge, left=True, with_ridge=step == 0)
+            for search, image in zip(searches, applied, strict=True):
+                search.extend_left(image)
+            applied, _ = self._apply(searches, L, ridge, left=False, with_ridge=False)
+            for search, image in zip(searches, applied, strict=True):
+                search.extend_right(image)
+            best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
+            if best <= previous * (1 + tol) or all(search.exhausted for search in searches):
+                break
+            previous = best
+        pairs = []
+        for search in searches:
+            bound = problem.penalty_weight(problem.components[search.component])
+            left, right = search.vectors()
+            self.top[search.key] = right.mT
+            pairs += [
+                SingularPair(search.component, search.gate, sigma, left[i], right[i])
+                for i, sigma in enumerate(search.sigma[: len(left)].tolist())
+                if sigma > bound
+            ]
+        return best, pairs, ridge
+
+    def _dense_is_cheap(self, size: int, rounds: int) -> bool:
+        """Whether forming every Gamma costs less than a search, and its SVD next to nothing."""
+        parts = [c for c in self.problem.components if not c.ridge]
+        if any(min(c.p, c.q) > DENSE_SIZE for c in parts):
+            return False
+        forming = sum(c.p * c.q * c.n_gates for c in parts)
+        searching = sum(2 * rounds * size * c.n_gates * 3 * (c.form.workspace + c.q) for c in parts)
+        return forming <= searching
+
+    def _dense_pairs(self, L: Tensor, size: int) -> tuple[float, list[SingularPair], float]:
+        problem = self.problem
+        best, ridge, pairs = 0.0, 0.0, []
         for k, component in enumerate(problem.components):
-            if component.ridge:
-                shape = (1, component.form.value_width, component.width)
-                units.append(Units(None, torch.zeros(shape, dtype=dtype, device=problem.device)))
-                owners.append([])
-                continue
-            width = min(size, component.p, component.q)
-            starts = []
+            bound = problem.penalty_weight(component)
             for g in problem.gates_of(k):
-                v = self.top.get((k, g))
-                fresh = torch.randn(component.q, width, generator=self.generator, dtype=torch.float64)
-                fresh = fresh.to(problem.device, dtype)
-                v = fresh if v is None else torch.cat([v.to(dtype), fresh], 1)[:, :width]
-                starts.append(torch.linalg.qr(v).Q.mT)
-            m = width * component.n_gates
+                gamma = problem.gamma(L, k, g, L.dtype)
+                if component.ridge:
+                    ridge += float(gamma.double().square().sum()) / (2 * bound)
+                    continue
+                A, sigma, Bt = torch.linalg.svd(gamma, full_matrices=False)
+                best = max(best, float(sigma[0]) / component.weight)
+                leading = enumerate(sigma[:size].tolist())
+                pairs += [SingularPair(k, g, s, A[:, i].clone(), Bt[i].clone()) for i, s in leading if s > bound]
+        return best, pairs, ridge
+
+    def _apply(
+        self, searches: list[_BlockSearch], L: Tensor, ridge: float, left: bool, with_ridge: bool
+    ) -> tuple[list[Tensor], float]:
+        """Gamma v (left) or Gamma^T u of every search's newest vectors, in one pass over the samples."""
+        problem, dtype = self.problem, L.dtype
+        units: list[Units] = []
+        for k, component in enumerate(problem.components):
+            shape = (component.form.value_width, component.width)
+            if component.ridge:
+                units.append(Units(None, torch.zeros(int(with_ridge), *shape, dtype=dtype, device=L.device)))
+                continue
+            own = [search for search in searches if search.component == k]
+            u = torch.cat([search.new_u for search in own]).view(-1, *component.form.u_shape)
+            v = torch.cat([search.new_v for search in own]).view(-1, *shape)
             gate = None
             if component.gates is not None:
-                gate = torch.arange(component.n_gates, device=problem.device).repeat_interleave(width)
-            v = torch.cat(starts).view(m, component.form.value_width, component.width)
-            u = torch.zeros(m, *component.form.u_shape, dtype=dtype, device=problem.device)
+                gate = torch.cat([torch.full((len(s.new_u),), s.gate, device=L.device) for s in own])
             units.append(Units(u, v, gate))
-            owners.append([width] * component.n_gates)
-        previous = 0.0
-        for _ in range(rounds):
-            self._orthonormal_u(units, owners, problem.adjoint(L, units))
-            back = problem.adjoint(L, units)
-            sigma, pairs = self._rayleigh(units, owners, back)
-            if sigma <= previous * (1 + tol):
-                break
-            previous = sigma
-        ridge = sum(
-            float(b.v.double().square().sum()) / (2 * problem.penalty_weight(c))
-            for c, b in zip(problem.components, back, strict=True)
-            if c.ridge
-        )
-        return sigma, pairs, ridge
+        images = problem.adjoint(L, units)
+        if with_ridge:
+            ridge = sum(
+                float(image.v.double().square().sum()) / (2 * problem.penalty_weight(component))
+                for component, image in zip(problem.components, images, strict=True)
+                if component.ridge
+            )
+        found: list[Tensor] = []
+        for k, image in enumerate(images):
+            own = [search for search in searches if search.component == k]
+            if own and image.u is not None:
+                part = image.u if left else image.v
+                found += part.flatten(1).split([len(search.new_u) for search in own])
+        return found, ridge
 
-    def _orthonormal_u(self, units: list[Units], owners: list[list[int]], applied: list[Units]) -> None:
-        for each, sizes, image in zip(units, owners, applied, strict=True):
-            if each.u is None or image.u is None:
-                continue
-            blocks = image.u.flatten(1).split(sizes)
-            each.u = torch.cat([torch.linalg.qr(b.mT).Q.mT for b in blocks]).view_as(each.u)
 
-    def _rayleigh(
-        self, units: list[Units], owners: list[list[int]], back: list[Units]
-    ) -> tuple[float, list[SingularPair]]:
-        """Singular values within the subspaces; rotates the units to them."""
-        best, pairs = 0.0, []
-        for k, (component, each, sizes, image) in enumerate(
-            zip(self.problem.components, units, owners, back, strict=True)
-        ):
-            if each.u is None:
-                continue
-            new_u, new_v = [], []
-            for g, (u, gv) in enumerate(
-                zip(each.u.flatten(1).split(sizes), image.v.flatten(1).split(sizes), strict=True)
-            ):
-                # Rows of gv are Gamma^T u_i: gv = A diag(sigma) B^T gives singular pairs (A^T u, B).
-                A, sigma, Bt = torch.linalg.svd(gv, full_matrices=False)
-                gate = None if component.gates is None else g
-                left = A.mT @ u
-                self.top[k, gate] = Bt.mT
-                best = max(best, float(sigma[0]) / component.weight)
-                bound = self.problem.penalty_weight(component)
-                pairs += [SingularPair(k, gate, s, left[i], Bt[i]) for i, s in enumerate(sigma.tolist()) if s > bound]
-                new_u.append(left)
-                new_v.append(Bt)
-            each.u = torch.cat(new_u).view_as(each.u)
-            each.v = torch.cat(new_v).view_as(each.v)
-        return best, pairs
+class _BlockSearch:
+    """Krylov bases of one block: rows of ``U`` (r, p) and ``V`` (r, q), and B = U Gamma V^T."""
+
+    def __init__(self, component: int, gate: int | None, p: int, q: int, size: int) -> None:
+        self.component, self.gate, self.p, self.q, self.size = component, gate, p, q, size
+        self.key = (component, gate)
+        self.exhausted = False
+
+    def start(self, known: Tensor | None, generator: torch.Generator, L: Tensor) -> None:
+        fresh = torch.randn(self.q, self.size, generator=generator, dtype=torch.float64).to(L.device, L.dtype)
+        start = fresh if known is None else torch.cat([known.to(L.dtype), fresh], 1)[:, : self.size]
+        self.new_v = torch.linalg.qr(start).Q.mT
+        self.V = self.new_v[:0]
+        self.U = self.new_v.new_zeros(0, self.p)
+        self.new_u = self.new_v.new_zeros(self.size, self.p)
+        self.images = self.new_v.new_zeros(0, self.q)
+        self.sigma = self.new_v.new_zeros(1)
+        self.right = self.new_v
+
+    @staticmethod
+    def _orthonormal(image: Tensor, basis: Tensor) -> Tensor:
+        for _ in range(2):
+            image = image - (image @ basis.mT) @ basis
+        return torch.linalg.qr(image.mT).Q.mT
+
+    def extend_left(self, image: Tensor) -> None:
+        """Take Gamma new_v (rows) into the left basis."""
+        self.V = torch.cat([self.V, self.new_v])
+        self.new_u = self._orthonormal(image, self.U)
+
+    def extend_right(self, image: Tensor) -> None:
+        """Take Gamma^T new_u (rows): Rayleigh-Ritz in the left basis, and the next right vectors."""
+        self.U = torch.cat([self.U, self.new_u])
+        self.images = torch.cat([self.images, image])
+        # Rows of images are (Gamma^T u_i)^T, so that images = A diag(sigma) B^T gives pairs (A^T U, B).
+        A, self.sigma, Bt = torch.linalg.svd(self.images, full_matrices=False)
+        self.left, self.right = A.mT @ self.U, Bt
+        self.new_v = self._orthonormal(image, self.V)
+        self.exhausted = len(self.V) + len(self.new_v) > min(self.p, self.q)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Leading left and right singular vectors as rows."""
+        return self.left[: self.size], self.right[: self.size]
 
 
 def beta_max(problem: Problem) -> float:
@@ -140,7 +209,7 @@ def beta_max(problem: Problem) -> float:
     if work <= DENSE_WORK:
         return max(block_scale(problem, L, k) / problem.components[k].weight for k in nuclear)
     search = BlockSubspace(problem, torch.Generator().manual_seed(0))
-    return search.top_pairs(L.to(problem.dtype), size=6, rounds=60, tol=1e-6)[0]
+    return search.top_pairs(L.to(problem.dtype), size=6, rounds=30, tol=1e-7)[0]
 
 
 def branch_scale(problem: Problem, branch: int) -> float:

@@ -41,6 +41,16 @@ def architecture_class(name: str) -> type[Architecture]:
     return ARCHITECTURES[name]
 
 
+def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
+    """<selected[:, gate_j], u_j> for every unit: (n, m, 1) from selected (n, P, p), u (m, p), gate (m,) ascending.
+
+    One product a gate costs P times less than one masked product for all units.
+    """
+    index, counts = torch.unique_consecutive(gate, return_counts=True)
+    parts = [selected[:, g] @ part.mT for g, part in zip(index.tolist(), u.split(counts.tolist()), strict=True)]
+    return torch.cat(parts, 1)[..., None]
+
+
 class Architecture:
     """Base of all heads, and their plain form.
 

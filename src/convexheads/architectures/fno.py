@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, register
+from convexheads.architectures.base import Architecture, Stats, features_by_gate, register
 
 
 class PooledLinearFNO(Architecture):
@@ -41,13 +41,52 @@ class PooledLinearFNO(Architecture):
         return u.repeat(1, self.tokens) * self.tokens**-0.5
 
 
+class PooledGatedFNO(Architecture):
+    """The mean over t of M[t] X[t - k, a] is a cross-correlation of mask and tokens: one vector in R^{sd} a gate."""
+
+    name = "fno"
+    options = ("grid",)
+
+    @property
+    def u_shape(self) -> tuple[int, ...]:
+        return (self.tokens * self.features,)
+
+    @property
+    def u_matrix(self) -> tuple[int, int]:
+        return self.tokens, self.features
+
+    @property
+    def value_width(self) -> int:
+        return 1
+
+    @property
+    def workspace(self) -> int:
+        return self.tokens
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        assert gates is not None
+        plain = FNO(self.tokens, self.features, self.outputs, True, self.grid)
+        masks = plain.masks(X, gates).to(X.dtype)
+        # sum_t M[t] X[t - k] has the spectrum M^ conj(X^).
+        product = plain.spectrum(masks.mT)[..., :, None] * plain.spectrum(X).conj()[..., None, :]
+        correlation = plain.from_spectrum(product.flatten(2)).view(len(X), self.tokens, len(gates), -1)
+        return (correlation.transpose(1, 2).flatten(2) / self.tokens,)
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return features_by_gate(stats[0], u, gate)
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        return stats[0][:, gate, rows, None]
+
+
 @register
 class FNO(Architecture):
     """The definition: hidden = circ(X) w1 (s), values = hidden."""
 
     name = "fno"
     options = ("grid",)
-    reductions = {("linear", True): PooledLinearFNO}
+    reductions = {("linear", True): PooledLinearFNO, ("gated_relu", True): PooledGatedFNO}
 
     @property
     def u_shape(self) -> tuple[int, ...]:
@@ -61,33 +100,31 @@ class FNO(Architecture):
     def _grid(self) -> tuple[int, ...]:
         return (self.tokens,) if self.grid is None else self.grid
 
-    def _spectrum(self, tokens: Tensor) -> Tensor:
-        """Real FFT over the token axis of (batch, s, d) -> (frequencies, batch, d), frequencies flattened."""
+    def spectrum(self, tokens: Tensor) -> Tensor:
+        """Real FFT over the token axes: (batch, s, d) -> (batch, frequencies, d), frequencies flattened."""
         axes = tuple(range(1, 1 + len(self._grid)))
-        spectrum = torch.fft.rfftn(tokens.reshape(-1, *self._grid, tokens.shape[-1]), dim=axes)
-        return spectrum.flatten(1, len(self._grid)).transpose(0, 1)
+        return torch.fft.rfftn(tokens.reshape(-1, *self._grid, tokens.shape[-1]), dim=axes).flatten(1, len(axes))
 
-    @property
-    def workspace(self) -> int:
-        return 4 * self.tokens
+    def from_spectrum(self, spectrum: Tensor) -> Tensor:
+        """Inverse of :meth:`spectrum`: (batch, frequencies, d) -> (batch, s, d)."""
+        half = (*self._grid[:-1], self._grid[-1] // 2 + 1)
+        axes = tuple(range(1, 1 + len(self._grid)))
+        whole = spectrum.reshape(len(spectrum), *half, spectrum.shape[-1])
+        return torch.fft.irfftn(whole, s=self._grid, dim=axes).flatten(1, len(axes))
 
-    @property
-    def u_matrix(self) -> tuple[int, int]:
-        return self.tokens, self.u_shape[0] // self.tokens
+    def _shifted(self, device: torch.device) -> Tensor:
+        """(s, s) indices with roll(X, k)[t] = X[shifted[t, k]], on the grid."""
+        place = torch.cartesian_prod(*[torch.arange(n, device=device) for n in self._grid]).view(self.tokens, -1)
+        sizes = torch.tensor(self._grid, device=device)
+        moved = (place[:, None] - place[None, :]) % sizes
+        strides = torch.tensor([*self._grid[1:], 1], device=device)
+        return (moved * strides).sum(-1)
 
     def _hidden_by_matrix(self, X: Tensor, u: Tensor) -> Tensor:
         """The same without FFT, as one product with the circulant of every filter: for exported graphs."""
         s, d = self.tokens, X.shape[-1]
-        position = torch.arange(s, device=X.device).view(self._grid)
-        axes = tuple(range(len(self._grid)))
-        # shifted[t, q] = k such that token q is token t shifted by k: roll(X, k)[t] = X[q].
-        shifted = torch.stack(
-            [
-                torch.roll(position.flip(axes), tuple(i + 1 for i in where), axes).flatten()
-                for where in torch.cartesian_prod(*[torch.arange(n) for n in self._grid]).view(s, -1).tolist()
-            ]
-        )
-        filters = u.reshape(-1, s, d)[:, shifted]
+        # w[k] meets X[q] in output t where t - k = q, that is k = t - q.
+        filters = u.reshape(-1, s, d)[:, self._shifted(X.device)]
         return (X.flatten(1) @ filters.reshape(-1, s * d).mT).view(len(X), -1, s)
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
@@ -95,11 +132,17 @@ class FNO(Architecture):
             return self._hidden_by_matrix(X, u)
         filters = u.reshape(-1, self.tokens, X.shape[-1])
         # Convolution theorem: one product over channels for every frequency.
-        product = self._spectrum(X) @ self._spectrum(filters).transpose(1, 2)
-        half = (*self._grid[:-1], self._grid[-1] // 2 + 1)
-        product = product.permute(1, 2, 0).reshape(len(X), -1, *half)
-        axes = tuple(range(2, 2 + len(self._grid)))
-        return torch.fft.irfftn(product, s=self._grid, dim=axes).flatten(2)
+        product = self.spectrum(X).transpose(0, 1) @ self.spectrum(filters).permute(1, 2, 0)
+        return self.from_spectrum(product.transpose(0, 1)).mT
 
     def values(self, X: Tensor, H: Tensor) -> Tensor:
         return H[..., None]
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        X = stats[0]
+        index = torch.arange(self.u_shape[0], device=X.device)[rows]
+        k, a = index // X.shape[-1], index % X.shape[-1]
+        T = X[:, self._shifted(X.device)[:, k], a]
+        if gate is not None:
+            T = T * stats[1][:, gate, :, None]
+        return (T.mean(1) if self.pooled else T)[..., None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, register
+from convexheads.architectures.base import Architecture, Stats, features_by_gate, register
 
 
 class _Perceptron(Architecture):
@@ -46,10 +45,10 @@ class PooledGatedMLP(_Perceptron):
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        # Units come sorted by gate: one product a gate costs P times less than one masked product for all.
-        index, counts = torch.unique_consecutive(gate, return_counts=True)
-        parts = [stats[0][:, g] @ part.mT for g, part in zip(index.tolist(), u.split(counts.tolist()), strict=True)]
-        return torch.cat(parts, 1)[..., None]
+        return features_by_gate(stats[0], u, gate)
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        return stats[0][:, gate, rows, None]
 
 
 @register

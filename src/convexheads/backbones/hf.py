@@ -18,6 +18,7 @@ from convexheads.backbones.base import (
     Backbone,
     Transform,
     block_number,
+    check_resolution,
     weights_sha256,
 )
 from convexheads.errors import DataError, InputError, describe, require
@@ -76,7 +77,8 @@ def load(
             missing = sorted(info["missing_keys"])
         else:
             network = transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except Exception as error:
+        # Readers and the hub's client raise errors of several libraries; all mean that there is no model.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"hf:{name} cannot be loaded ({reason}). Without a connection, give the path of a folder with "
@@ -135,6 +137,10 @@ class HFBackbone(Backbone):
         super().__init__(module, **options)
         self._identity["weights"] = weights_sha256(module)
         config, size = module.config, self.resolution
+        patch = getattr(config, "patch_size", None)
+        patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+        if isinstance(patch, int) and patch > 0:
+            check_resolution(size, patch, self.name)
         own = getattr(config, "image_size", size)
         own = own[0] if isinstance(own, (list, tuple)) else own
         parameters = inspect.signature(module.forward).parameters
@@ -164,8 +170,6 @@ class HFBackbone(Backbone):
             raise InputError(describe(got, expected, "Use a model without random masking"))
         if seen and 3 not in seen:
             self._norm_apart = norm
-        patch = getattr(config, "patch_size", None)
-        patch = patch[0] if isinstance(patch, (list, tuple)) else patch
         side = size // patch if isinstance(patch, int) and patch > 0 else 0
         s = first.shape[1]
         if len(self._map_shape) == 4:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convexheads.backbones.base import Backbone, Transform, block_number, weights_sha256
+from convexheads.backbones.base import Backbone, Transform, block_number, check_resolution, weights_sha256
 from convexheads.errors import DataError, InputError, describe, require
 
 
@@ -90,6 +90,10 @@ class TimmBackbone(Backbone):
         self._identity["weights"] = weights_sha256(module)
         self._channels_last = str(getattr(module, "output_fmt", "NCHW")).endswith("NHWC")
         size = self.resolution
+        embed = getattr(module, "patch_embed", None) or getattr(module, "stem", None)
+        patch = getattr(embed, "patch_size", None)
+        if isinstance(patch, (tuple, list)):
+            check_resolution(size, int(patch[0]), self.name)
         try:
             with torch.inference_mode():
                 shape = tuple(module.forward_features(torch.zeros(1, 3, size, size)).shape)
@@ -99,7 +103,6 @@ class TimmBackbone(Backbone):
             self.describe_tokens(shape[1:3] if self._channels_last else shape[2:4], 0)
             return
         prefix = int(getattr(module, "num_prefix_tokens", 0))
-        embed = getattr(module, "patch_embed", None) or getattr(module, "stem", None)
         grid = getattr(embed, "grid_size", None)
         patches = tuple(grid) if grid and len(shape) == 3 and grid[0] * grid[1] == shape[1] - prefix else None
         has_cls = prefix > 0 and getattr(module, "cls_token", None) is not None

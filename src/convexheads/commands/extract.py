@@ -149,9 +149,8 @@ def run(args: argparse.Namespace) -> int:
     if args.split == "all":
         datasets = load_splits(args.data, limit=limits or every, **options)
     else:
-        limit = limits.pop(args.split, every)
-        if limits:
-            raise InputError(describe(f"--limit for {', '.join(limits)}", f"one for {args.split}, the split asked for"))
+        # The other splits' limits do no harm: the same options with another --split stay valid.
+        limit = limits.get(args.split, every)
         datasets = {args.split: load_dataset(args.data, args.split, limit=limit, **options)}
     out = Path(args.out)
 
@@ -208,6 +207,8 @@ def _limits(text: str | None) -> dict[str, int]:
     limits: dict[str, int] = {}
     for item in (text or "").split(",") if text else []:
         name, equals, number = (part.strip() for part in item.rpartition("="))
+        if name not in ("", "all", "train", "val", "test"):
+            raise InputError(describe(f"--limit for {name!r}", "train, val or test"))
         repeated = name in limits or (limits and ("" in limits or not name))
         if not number.isdigit() or int(number) < 1 or (equals and not name) or repeated:
             raise InputError(describe(f"--limit {text}", "a number of images, or such as train=10000,test=2500"))

@@ -27,12 +27,19 @@ from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
+from convexheads.solvers.warmup import BATCH, adam_epochs
 from convexheads.spectral import balanced_factors
 from convexheads.subspace import BlockSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 20
 """Iterations between two preconditioners."""
+WARMUP_SAMPLES = 3000
+"""Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
+WARMUP_STEPS = 400
+"""Mini-batches of the warm-up, within 4 to 16 epochs."""
+SPARE = 0.01
+"""Share of the nuclear norm, in the smallest units, that is dropped after the first epochs."""
 
 
 def start_scale(problem: Problem, units: int) -> float:
@@ -132,6 +139,25 @@ def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors,
     return Factors(found, factors.intercept), spectra
 
 
+def _pick(gate: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if gate is None else gate[index]
+
+
+def _join(first: Units, second: Units) -> Units:
+    """The units of both, in order of their gates."""
+    assert first.u is not None
+    assert second.u is not None
+    u, v = torch.cat([first.u, second.u]), torch.cat([first.v, second.v])
+    if first.gate is None or second.gate is None:
+        return Units(u, v)
+    gate, order = torch.sort(torch.cat([first.gate, second.gate]), stable=True)
+    return Units(u[order], v[order], gate)
+
+
+def _flat_inverse(inverse: Preconditioner, shapes: Factors) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: inverse.apply(shapes.like(gradient)).flat()
+
+
 class Factored:
     """State of one solve."""
 
@@ -155,14 +181,14 @@ class Factored:
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
-    def estimate(self, factors: Factors, subspace: int = 4, rounds: int = 6) -> tuple[Certificate, list[SingularPair]]:
+    def estimate(self, factors: Factors, size: int = 6, rounds: int = 12) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta."""
         problem = self.problem
         refitted, O = self.refit(factors)
         targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
         primal = problem.loss.value(O, targets, weights) + penalty(problem, refitted)
         L = dual_point(problem, O)
-        sigma, pairs, ridge = self.subspace.top_pairs(L.to(problem.dtype), subspace, rounds)
+        sigma, pairs, ridge = self.subspace.top_pairs(L.to(problem.dtype), size, rounds, 0.03 * self.tol)
         bound = rescaled_bound(
             problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept
         )
@@ -210,12 +236,7 @@ class Factored:
             # -L is the descent direction: the unit is -u v^T.
             new_u = -u * root.view(-1, *[1] * (u.ndim - 1))
             new_v = v * root.view(-1, 1, 1)
-            merged_u, merged_v = torch.cat([old.u, new_u]), torch.cat([old.v, new_v])
-            merged_gate = None
-            if gate is not None and old.gate is not None:
-                merged_gate, order = torch.sort(torch.cat([old.gate, gate]), stable=True)
-                merged_u, merged_v = merged_u[order], merged_v[order]
-            units.append(Units(merged_u, merged_v, merged_gate))
+            units.append(_join(old, Units(new_u, new_v, gate)))
         return Factors(units, factors.intercept)
 
     def _component_outputs(self, k: int, units: Units, dtype: torch.dtype) -> Tensor:
@@ -253,81 +274,104 @@ class Factored:
             )
 
     def run(self, factors: Factors) -> Solution:
-        problem, dtype = self.problem, self.problem.dtype
-        optimiser, shapes = self.optimiser(factors, dtype)
+        problem = self.problem
+        optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
-        check_at, seconds_checking, since = 0, 0.0, time.perf_counter()
-        last_built = -REBUILD
+        next_check, check_seconds, checked_at = 0, 0.0, time.perf_counter()
+        built_at = -REBUILD
+        values: list[float] = []
         stalls = 0
-        message = f"max_iter = {self.max_iter} reached"
+        message = f"max_iter = {self.max_iter} was reached"
         while True:
-            current = shapes.like(optimiser.x)
-            moved = True
-            if self.n_iter >= check_at:
+            if self.n_iter >= next_check and time.perf_counter() - checked_at >= 2.0 * check_seconds:
                 began = time.perf_counter()
+                current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
-                slim, _ = canonical(problem, current, 0.0)
-                self.report(bound.primal, bound.relative_gap, slim.n_units)
+                self.report(bound.primal, bound.relative_gap, current.n_units)
                 if bound.relative_gap <= target:
                     solution = self.prove(current)
                     if solution is not None:
                         return solution
-                    target *= 0.7
-                seconds_checking = time.perf_counter() - began
-                since = time.perf_counter()
-                check_at = self.n_iter + 5
-                grown = self.grow(current, pairs, bound)
-                if grown is not None:
-                    optimiser, shapes = self.optimiser(grown, optimiser.x.dtype)
-                    last_built = -REBUILD
+                    # The estimate was too low; ask for more before the next proof.
+                    target = 0.5 * min(target, bound.relative_gap)
+                decrease = values[-11] - values[-1] if len(values) > 10 else math.inf
+                if decrease < 1e-3 * bound.gap:
+                    grown = self.grow(current, pairs)
+                    if grown is not None:
+                        optimiser, shapes = self.optimiser(grown, optimiser.x.dtype)
+                        built_at = -REBUILD
+                        values.clear()
+                checked_at = time.perf_counter()
+                check_seconds = checked_at - began
+                next_check = self.n_iter + 5
             if self.n_iter >= self.max_iter:
                 break
-            if self.n_iter - last_built >= REBUILD:
-                inverse = Preconditioner(problem, shapes.like(optimiser.x), self.generator)
-                like = shapes
-                optimiser.set_inverse(lambda g, inverse=inverse, like=like: inverse.apply(like.like(g)).flat())
-                last_built = self.n_iter
+            if self.n_iter - built_at >= REBUILD:
+                inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
+                optimiser.set_inverse(_flat_inverse(inverse, shapes))
+                built_at = self.n_iter
             moved = optimiser.step()
+            values.append(optimiser.value)
             self.n_iter += 1
-            if check_at <= self.n_iter and time.perf_counter() - since < 1.5 * seconds_checking:
-                check_at = self.n_iter + 1
-            if not moved:
-                stalls += 1
-                if optimiser.x.dtype == torch.float32:
-                    # float32 has no more digits to give: go on in float64.
-                    problem = self.problem = problem.in_dtype(torch.float64)
-                    optimiser, shapes = self.optimiser(shapes.like(optimiser.x), torch.float64)
-                    last_built = -REBUILD
-                elif stalls > 3:
-                    message = "no further decrease could be found in float64"
-                    break
-                else:
-                    last_built = -REBUILD
-                check_at = self.n_iter
+            if moved:
+                continue
+            stalls += 1
+            next_check, check_seconds, built_at = self.n_iter, 0.0, -REBUILD
+            if optimiser.x.dtype == torch.float32:
+                # float32 has no more digits to give: go on in float64.
+                self.problem = self.problem.in_dtype(torch.float64)
+                self.subspace.problem = self.problem
+                optimiser, shapes = self.optimiser(shapes.like(optimiser.x), torch.float64)
+            elif stalls > 5:
+                message = "no further decrease could be found in float64"
+                break
         return self.finish(shapes.like(optimiser.x), message)
 
-    def grow(self, factors: Factors, pairs: list[SingularPair], bound: Certificate) -> Factors | None:
-        """More units where singular vectors lie above beta and the present units are all in use."""
-        if not pairs:
-            return None
-        slim, _ = canonical(self.problem, factors, 1e-4 * self.tol * bound.primal)
-        wanted = []
-        for k, (component, full, small) in enumerate(
-            zip(self.problem.components, factors.units, slim.units, strict=True)
-        ):
-            for g in self.problem.gates_of(k):
-                own = [p for p in pairs if p.component == k and p.gate == g]
-                if not own:
-                    continue
-                used = len(small.v) if g is None else int((small.gate == g).sum())
-                room = min(component.p, component.q) - used
-                if self.max_rank is not None:
-                    room = min(room, self.max_rank - slim.n_units)
-                if used >= (len(full.v) if g is None else int((full.gate == g).sum())) and room > 0:
-                    wanted += own[:room]
-        if not wanted:
-            return None
-        return self.add_units(factors, wanted)
+    def first_guess(self, counts: list[int]) -> Factors:
+        """Random units, brought near the optimum by epochs of Adam where there are many samples."""
+        problem = self.problem
+        start = random_factors(problem, counts, self.generator, problem.dtype)
+        if problem.n < WARMUP_SAMPLES:
+            return start
+        norm = start_scale(problem, start.n_units)
+
+        def scale(k: int) -> float:
+            return norm / math.sqrt(problem.components[k].weight)
+
+        epochs = min(16, max(4, round(WARMUP_STEPS * BATCH / problem.n)))
+        found = adam_epochs(problem, start, scale, epochs, self.generator)
+        return self.resize(found, counts)
+
+    def resize(self, factors: Factors, counts: list[int]) -> Factors:
+        """Drop the units that carry next to nothing, and add small random ones where all are in use."""
+        problem = self.problem
+        total = sum(float(b.double().sum()) for b in canonical(problem, factors, 0.0)[1])
+        weight = max(problem.penalty_weight(c) for c in problem.components)
+        slim, _ = canonical(problem, factors, SPARE * weight * total)
+        fresh = random_factors(problem, counts, self.generator, problem.dtype)
+        units = []
+        for component, small, full, new in zip(problem.components, slim.units, factors.units, fresh.units, strict=True):
+            if small.u is None or full.u is None or new.u is None:
+                units.append(small)
+                continue
+            room = min(component.p, component.q) * component.n_gates - len(small.v)
+            if self.max_rank is not None:
+                room = min(room, self.max_rank - slim.n_units)
+            # A margin of a third over the units in use: with too few, the factored objective stalls.
+            saturated = len(small.v) == len(full.v)
+            extra = max(0, min(room, len(new.v), len(full.v) // 2 if saturated else len(small.v) // 6))
+            chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
+            units.append(_join(small, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
+        return Factors(units, factors.intercept)
+
+    def grow(self, factors: Factors, pairs: list[SingularPair]) -> Factors | None:
+        """More units where singular vectors lie above beta; only asked for where the present units stall."""
+        room = math.inf
+        if self.max_rank is not None:
+            factors, _ = canonical(self.problem, factors, 0.0)
+            room = self.max_rank - factors.n_units
+        wanted = sorted(pairs, key=lambda pair: -pair.sigma)[: int(min(room, len(pairs)))]
+        return self.add_units(factors, wanted) if wanted else None
 
     def prove(self, factors: Factors) -> Solution | None:
         """The certified solution if the proof confirms the tolerance, else None."""
@@ -376,5 +420,5 @@ def solve_factored(
     """
     state = Factored(problem, tol, max_iter, max_rank, random_state, progress)
     if init is None:
-        init = random_factors(problem, initial_units(problem, max_rank), state.generator, problem.dtype)
+        init = state.first_guess(initial_units(problem, max_rank))
     return state.run(init)

@@ -20,7 +20,7 @@ from convexheads.types import Factors, Units
 
 FULL_SIZE = 768
 GROUP_SIZE = 1024
-SAMPLES = 2048
+SAMPLES = 1024
 
 
 class KroneckerInverse:

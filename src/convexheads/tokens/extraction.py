@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,8 +252,10 @@ def _run(
     if workers is None:
         workers = 2 if backbone.device.type == "cpu" else max(2, min(8, os.cpu_count() or 2))
     try:
-        with bar:
-            for batch in _batches(dataset, backbone, writer.rows, batch_size, max(1, workers)):
+        # Closed at once when the loop is left: no thread reads on after an error.
+        batches = _batches(dataset, backbone, writer.rows, batch_size, max(1, workers))
+        with bar, contextlib.closing(batches):
+            for batch in batches:
                 out = backbone.tokens(batch)
                 kept = out if len(ranges) == 1 and ranges[0] == (0, out.shape[1]) else None
                 if kept is None:
@@ -277,7 +279,7 @@ def _run(
 
 def _batches(
     dataset: Images, backbone: TokenModel, start: int, batch_size: int, workers: int
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """Batches from row ``start`` on, prepared by threads a few batches ahead of their use."""
 
     def prepare(first: int) -> torch.Tensor:
@@ -353,8 +355,9 @@ class _Writer:
             prepare_folder(out, overwrite)
         with full_disk_as_data_error(out, _room(out, writer._total * row_bytes)):
             writer._check_room()
-            writer._open()
+            # The record comes first: tokens without one would be taken for someone else's files.
             writer.checkpoint()
+            writer._open()
         return writer
 
     @property

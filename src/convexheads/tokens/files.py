@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(name: str) -> str:
+    """Name under which a file is written before it replaces ``name``.
+
+    It is always the same, so that what a killed process leaves behind is overwritten by the next one.
+    """
+    return f".{name}.tmp"
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash leaves the old content or the new, never a mixture.
 
@@ -57,18 +64,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     OSError
         If the disk is full or the folder cannot be written; the old content is still there then.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.parent / temporary_name(path.name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a store is shared like any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 
@@ -105,15 +110,3 @@ def full_disk_as_data_error(path: Path, fix: str) -> Iterator[None]:
         if isinstance(error, DataError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(f"{path}: the disk is full ({error.strerror}). {fix}") from error
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it; 0o22 is what nearly every system has.
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
-    return 0o22

@@ -27,6 +27,7 @@ from convexheads.tokens.files import (
     full_disk_as_data_error,
     read_json,
     sha256_file,
+    temporary_name,
     write_atomic,
     write_json,
 )
@@ -628,7 +629,7 @@ def prepare_folder(path: Path, overwrite: bool) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        present = sorted(entry.name for entry in path.iterdir())
+        present = sorted(entry.name for entry in path.iterdir() if not _left_behind(entry))
     except OSError as error:
         raise DataError(f"{path}: cannot make the folder ({error.strerror or error}). Choose another") from error
     if present and not overwrite:
@@ -644,6 +645,17 @@ def prepare_folder(path: Path, overwrite: bool) -> None:
     for name in sorted(present, key=lambda item: item != MANIFEST):
         if name in (MANIFEST, JOURNAL, LABELS) or _SHARD_NAME.fullmatch(name.removesuffix(".part")):
             (path / name).unlink()
+
+
+def _left_behind(file: Path) -> bool:
+    """Remove a file that a process was writing when it was killed; True if it was one."""
+    known = (MANIFEST, JOURNAL, LABELS)
+    if file.name not in map(temporary_name, known) and not (
+        file.name.endswith(".tmp") and _SHARD_NAME.fullmatch(file.name[1:-4])
+    ):
+        return False
+    file.unlink()
+    return True
 
 
 def finish(

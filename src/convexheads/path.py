@@ -1,0 +1,151 @@
+"""A path of fits from large to small beta, each started from the one before, judged on validation data.
+
+One problem serves the whole path: only beta changes, so tokens and cached statistics are shared, and the solution
+at one beta is a good start for the next. The path is walked at a loose tolerance, because all it has to tell is
+which beta generalises best; the winner is refitted tightly by whoever asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from convexheads.errors import InputError, describe
+from convexheads.problem import Problem
+from convexheads.solvers import Solution, solver_function
+from convexheads.types import Factors
+
+DEFAULT_RATIOS = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005)
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """One beta of a path.
+
+    Attributes
+    ----------
+    beta, beta_ratio : weight decay, and its share of beta_max.
+    score : validation score, higher is better.
+    loss : validation loss.
+    objective, gap, rank : training objective, relative duality gap and number of units of the fit.
+    seconds : wall-clock time of the fit and its evaluation.
+    """
+
+    beta: float
+    beta_ratio: float
+    score: float
+    loss: float
+    objective: float
+    gap: float
+    rank: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Path:
+    """The steps of a path in the order in which they were walked, and the factors of the best one."""
+
+    steps: list[PathStep] = field(default_factory=list)
+    best: int = 0
+    factors: Factors | None = None
+    stopped_early: bool = False
+
+    @property
+    def best_ratio(self) -> float:
+        """beta / beta_max of the best step."""
+        return self.steps[self.best].beta_ratio
+
+
+def check_ratios(ratios: Any) -> tuple[float, ...]:
+    """The ratios as floats in descending order.
+
+    Raises
+    ------
+    InputError
+        Unless they are a non-empty sequence of positive finite numbers.
+    """
+    expected = "a sequence of positive numbers such as (0.3, 0.1, 0.05)"
+    try:
+        found = tuple(float(ratio) for ratio in ratios)
+    except (TypeError, ValueError) as error:
+        raise InputError("beta_ratios: " + describe(repr(ratios), expected)) from error
+    if not found or not all(0 < ratio < float("inf") for ratio in found):
+        raise InputError("beta_ratios: " + describe(repr(ratios), expected))
+    return tuple(sorted(set(found), reverse=True))
+
+
+def walk_path(
+    problem: Problem,
+    beta_max: float,
+    evaluate: Callable[[Factors], tuple[float, float]],
+    *,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+    tol: float = 1e-2,
+    patience: int | None = 2,
+    solver: str = "factored",
+    max_iter: int = 2000,
+    max_rank: int | None = None,
+    random_state: int = 0,
+    progress: Callable[[PathStep], None] | None = None,
+) -> Path:
+    """Fit at every ratio of ``beta_max`` in descending order and keep the best on validation data.
+
+    Parameters
+    ----------
+    problem : the program; its own beta is not used.
+    beta_max : what the ratios are shares of; where it is 0 (tokens without signal) the ratios are taken as betas.
+    evaluate : factors -> (validation score, higher is better; validation loss).
+    ratios : betas as shares of ``beta_max``, in any order.
+    tol : relative duality gap of the fits on the path.
+    patience : stop once the score has been below the best so far for this many betas in a row; None: walk to the
+        end.
+    solver, max_iter, max_rank, random_state : as in the estimators.
+    progress : called with every finished step.
+
+    Of equal scores the lower validation loss wins, then the larger beta.
+    """
+    solve = solver_function(solver)
+    path = Path()
+    start: Factors | None = None
+    below = 0
+    for ratio in check_ratios(ratios):
+        began = time.perf_counter()
+        beta = ratio * beta_max if beta_max > 0 else ratio
+        solution: Solution = solve(
+            problem.with_beta(beta),
+            tol=tol,
+            max_iter=max_iter,
+            max_rank=max_rank,
+            random_state=random_state,
+            init=start,
+        )
+        start = solution.factors
+        score, loss = evaluate(solution.factors)
+        certificate = solution.certificate
+        step = PathStep(
+            beta,
+            ratio,
+            score,
+            loss,
+            certificate.primal,
+            certificate.relative_gap,
+            solution.factors.n_units,
+            time.perf_counter() - began,
+        )
+        path.steps.append(step)
+        best = path.steps[path.best]
+        if path.factors is None or (score, -loss) > (best.score, -best.loss):
+            path.best, path.factors = len(path.steps) - 1, solution.factors
+        below = below + 1 if score < path.steps[path.best].score else 0
+        if progress is not None:
+            progress(step)
+        if patience is not None and below >= patience:
+            path.stopped_early = len(path.steps) < len(check_ratios(ratios))
+            break
+    return path

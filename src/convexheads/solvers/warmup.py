@@ -1,0 +1,63 @@
+"""A few epochs of Adam on mini-batches: the cheap way to the neighbourhood of the optimum on large data.
+
+Step sizes are a fixed share of the weights' size expected at the optimum, so that nothing needs tuning: with
+beta sum_j ||u_j||^2 a fair part of the loss at zero, ||u_j|| is known up to a small factor beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from convexheads.problem import Problem
+from convexheads.types import Factors
+
+BATCH = 256
+SHARE = 0.03
+"""Step size as a share of the expected root mean square of an entry."""
+
+
+def adam_epochs(
+    problem: Problem,
+    factors: Factors,
+    scale: Callable[[int], float],
+    epochs: int,
+    generator: torch.Generator,
+) -> Factors:
+    """Adam with cosine decay and explicit weight decay (Kingma and Ba 2015); returns new factors.
+
+    ``scale(k)`` is the norm that a unit of component k is expected to have.
+    """
+    dtype = factors.tensors()[0].dtype
+    variables = factors.like(factors.flat().clone())
+    rates: list[float] = []
+    for k, (component, units) in enumerate(zip(problem.components, variables.units, strict=True)):
+        if units.u is not None:
+            rates.append(SHARE * scale(k) / math.sqrt(component.p))
+        rates.append(SHARE * scale(k) / math.sqrt(component.q))
+    tensors = variables.tensors()
+    if variables.intercept is not None:
+        rates.append(0.01)
+    first = [torch.zeros_like(t) for t in tensors]
+    second = [torch.zeros_like(t) for t in tensors]
+    steps = epochs * math.ceil(problem.n / BATCH)
+    step = 0
+    for _ in range(epochs):
+        order = torch.randperm(problem.n, generator=generator).to(problem.device)
+        for index in order.split(BATCH):
+            stats = problem.stats_of(index, dtype)
+            targets, weights = problem.targets_of(index, dtype)
+            gradient = factors.like(torch.zeros_like(factors.flat()))
+            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+            problem.add_decay(variables, gradient)
+            step += 1
+            decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+            for t, g, m, v, rate in zip(tensors, gradient.tensors(), first, second, rates, strict=True):
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.999).addcmul_(g, g, value=0.001)
+                size = rate * decay / (1 - 0.9**step)
+                root = (v / (1 - 0.999**step)).sqrt_().add_(1e-12)
+                t.addcdiv_(m, root, value=-size)
+    return variables
