@@ -394,7 +394,7 @@ def test_too_small_a_disk_is_told_at_once(tmp_path: Path, images: ImageSource, m
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(extraction.shutil, "disk_usage", lambda path: usage)
     model = Tiny()
-    with pytest.raises(DataError, match=r"0\.00 GB free; expected 0\.00 GB for the tokens"):
+    with pytest.raises(DataError, match=r"0\.1 kB free; expected 3\.0 kB for the tokens"):
         extract(images, model, tmp_path / "s", **QUIET)
     assert model.batches == []
 

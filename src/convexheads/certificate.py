@@ -22,6 +22,9 @@ from convexheads.problem import Problem
 from convexheads.spectral import largest_singular_value, nuclear_norm
 from convexheads.types import Factors, Interval
 
+SMALLEST = 1e-300
+"""Objectives below this are zero: what is left of constant targets, say."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -88,7 +91,7 @@ def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float) -> tuple
         return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
 
     found = minimize_scalar(
-        lambda alpha: -value(alpha), bounds=(0.0, upper), method="bounded", options={"xatol": 1e-10}
+        lambda alpha: -value(alpha), bounds=(0.0, upper), method="bounded", options={"xatol": 1e-7, "maxiter": 25}
     )
     candidates = [(value(alpha), alpha) for alpha in {upper, min(1.0, upper), float(found.x)}]
     return max(candidates)
@@ -110,8 +113,10 @@ def rescaled_bound(
         # What rounding leaves of sum_i L_i = 0 costs at most its product with the best intercept.
         rest = float(L.reshape(-1, problem.outputs).sum(0).norm())
         value -= alpha * rest * (2.0 * float(intercept.norm()) + 1.0)
+    # Next to the optimum rounding could put the dual above the primal; a smaller lower bound is as true.
+    value = min(value, primal)
     gap = primal - value
-    relative = gap / primal if primal > 0 else (0.0 if gap == 0 else math.inf)
+    relative = gap / primal if primal > SMALLEST else (0.0 if gap <= SMALLEST else math.inf)
     return Certificate(primal, value, gap, relative, sigma, sigma.proved, problem.beta, alpha)
 
 

@@ -24,12 +24,15 @@ from convexheads.inputs import TokenRows, as_tokens
 from convexheads.losses import make_loss
 from convexheads.problem import Problem, Rows
 from convexheads.solvers import Solution, solver_function
+from convexheads.solvers.polish import polish
 from convexheads.subspace import beta_max, branch_scale
 from convexheads.types import Factors, Units
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SMALL_PROBLEM = 2_000_000
 """Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
+TINY_PROBLEM = 20_000
+"""Numbers in the tokens below which a solution within ``tol`` is polished to rounding."""
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -53,7 +56,6 @@ class _ConvexHeadEstimator(BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
         return tags
 
     # Building the problem ---------------------------------------------------------------------------------
@@ -176,6 +178,8 @@ class _ConvexHeadEstimator(BaseEstimator):
             init=initial_factors(init, branches),
             progress=_printer(self.verbose),
         )
+        if solution.converged and max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM:
+            solution = polish(problem, solution)
         self._keep(problem, branches, solution, loss)
         if not solution.converged:
             warnings.warn(not_converged(solution, float(self.tol)), NotConvergedWarning, stacklevel=3)
@@ -195,7 +199,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         self._factors = _on_cpu(self._factors)
         for branch in branches:
             branch.gates = [None if g is None else g.cpu() for g in branch.gates]
-        self._module: ConvexHead | None = None
+        # A problem small enough to be solved in float64 is evaluated in it, too.
+        self._precision = problem.dtype
 
     # Fitted attributes ------------------------------------------------------------------------------------
 
@@ -221,7 +226,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         return hasattr(self, "_factors")
 
     def to_module(self, dtype: torch.dtype | None = None) -> ConvexHead:
-        """The head as a torch.nn.Module: (n, s, d) -> the logits of ``decision_function``.
+        """The head as a torch.nn.Module: (n, s, d) -> logits (n, c), or (n, s, c), of a classifier; predictions of a
+        regressor.
 
         Parameters
         ----------
@@ -237,10 +243,7 @@ class _ConvexHeadEstimator(BaseEstimator):
         self._check_columns(X)
         tokens = as_tokens(X)
         self._check_tokens(tuple(tokens.shape))
-        if getattr(self, "_module", None) is None:
-            self._module = self.to_module().to(resolve_device(self.device))
-        module = self._module
-        assert module is not None
+        module = self.to_module(self._precision).to(resolve_device(self.device))
         weight = next(module.parameters())
         step = max(16, min(1024, 2**25 // (int(np.prod(tokens.shape[1:])) * max(1, self._factors.n_units))))
         with torch.no_grad():
@@ -450,6 +453,13 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        # scikit-learn's checks ask for scores that suit vectors; on a single token, a head that mixes tokens is a
+        # cubic in it (self-attention) or much the same as mlp, and the scores are what they are.
+        tags.classifier_tags.poor_score = self.head not in ("linear", "mlp")
+        return tags
+
     def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadClassifier:
         """Fit to tokens X (n, s, d), or (n, d) taken as one token.
 
@@ -548,9 +558,20 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self._indicator = loss == "multilabel_logistic"
         return values, loss, None
 
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Logits (n, c), or (n, s, c) for token-level outputs."""
+    def logits(self, X: Any) -> np.ndarray:
+        """Logits (n, c), or (n, s, c) for token-level outputs: what ``to_module()`` computes."""
         return self._outputs(X)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (n, c), or (n, s, c) for token-level outputs.
+
+        For two exclusive classes and pooled outputs it is (n,), the second class's logit minus the first's, as
+        everything in scikit-learn that takes a binary classifier expects; ``logits`` gives both columns.
+        """
+        logits = self._outputs(X)
+        if logits.shape[1:] == (2,) and not self._indicator:
+            return logits[:, 1] - logits[:, 0]
+        return logits
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities, of the shape of ``decision_function``."""
@@ -645,13 +666,9 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         return values[:, None] if self._flat_target else values, weights, "squared"
 
     def predict(self, X: Any) -> np.ndarray:
-        """Predictions, of the shape of y in fit."""
+        """Predictions, of the shape of y in fit: what ``to_module()`` computes, without the last axis for y (n,)."""
         outputs = self._outputs(X)
         return outputs[:, 0] if self._flat_target else outputs
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Outputs (n, c), or (n, s, c) for token-level outputs: what ``to_module()`` computes."""
-        return self._outputs(X)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Coefficient of determination R^2; token-level outputs count every token."""

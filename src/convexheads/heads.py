@@ -32,7 +32,7 @@ class View(Protocol):
 
     def transform(self, X: Any) -> np.ndarray: ...
 
-    def to_module(self) -> nn.Module: ...
+    def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Module: ...
 
 
 @dataclass
@@ -284,7 +284,7 @@ class ConvexHead(nn.Module):
         self.beta = beta
         self.outputs = branches[0].outputs
         self.views = nn.ModuleList(
-            nn.Identity() if branch.view is None else branch.view.to_module() for branch in branches
+            nn.Identity() if branch.view is None else branch.view.to_module(dtype) for branch in branches
         )
         parts = iter(factors.units)
         self.branches = nn.ModuleList()

@@ -53,6 +53,11 @@ def take_rows(X: Any, rows: np.ndarray) -> Any:
     return np.asarray(X)[rows]
 
 
+def split_seed(random_state: Any) -> int:
+    """The seed that an estimator with a path derives from its ``random_state``, for its split and its fits."""
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
 def validation_split(
     n: int, fraction: float, seed: int, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +115,7 @@ class _PathEstimator:
         ratios = check_ratios(self.beta_ratios)  # type: ignore[attr-defined]
         params = {k: v for k, v in self.get_params(deep=False).items() if k not in EXTRA}  # type: ignore[attr-defined]
         # One seed for everything: a RandomState would draw other gates for the path than for the refit.
-        params["random_state"] = int(check_random_state(params["random_state"]).randint(2**31 - 1))
+        params["random_state"] = split_seed(params["random_state"])
         base = self._base(**clone_values(params))
         base._check_parameters()
         path_tol = self._checked("path_tol", 0.0)

@@ -87,7 +87,7 @@ class Component:
 
     def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to v: (m, k, c)."""
-        return (T.flatten(1).mT @ L).view(T.shape[1], T.shape[2], -1)
+        return (T.flatten(1).mT @ L).view(T.shape[1], T.shape[2], L.shape[1])
 
     def adjoint_features(self, v: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to T: (rows, m, k)."""

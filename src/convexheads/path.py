@@ -17,7 +17,7 @@ from convexheads.problem import Problem
 from convexheads.solvers import Solution, solver_function
 from convexheads.types import Factors
 
-DEFAULT_RATIOS = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005)
+DEFAULT_RATIOS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 @dataclass(frozen=True)

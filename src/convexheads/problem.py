@@ -241,7 +241,7 @@ class Problem:
         ):
             part = L[:, component.outputs]
             g.v += component.adjoint_v(T.detach(), part)
-            if u is not None and g.u is not None:
+            if u is not None and g.u is not None and len(u):
                 g.u += torch.autograd.grad(T, u, component.adjoint_features(units.v, part))[0]
         if into.intercept is not None:
             into.intercept += L.sum(0)

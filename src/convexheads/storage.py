@@ -43,6 +43,12 @@ def _plain(value: Any, name: str) -> Any:
         return [_plain(v, name) for v in value]
     if isinstance(value, np.ndarray):
         return {"array": value.tolist(), "dtype": str(value.dtype)}
+    if isinstance(value, slice):
+        return {"slice": [_plain(v, name) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, transforms.TokenTransform) and not hasattr(value, "n_features_in_"):
+        # A view among the parameters is cloned before it is fitted: the fitted one is with its branch.
+        params = value.get_params(deep=False)
+        return {"unfitted": type(value).__name__, "params": {k: _plain(v, name) for k, v in params.items()}}
     if isinstance(value, transforms.TokenTransform):
         config, arrays = value.state()
         return {"transform": config, "arrays": {k: _plain(v, name) for k, v in arrays.items()}}
@@ -65,6 +71,10 @@ def _restore(value: Any) -> Any:
         return tuple(_restore(v) for v in value["tuple"])
     if "array" in value:
         return np.array(value["array"], dtype=value["dtype"])
+    if "slice" in value:
+        return slice(*(_restore(v) for v in value["slice"]))
+    if "unfitted" in value:
+        return transforms.TRANSFORMS[value["unfitted"]](**{k: _restore(v) for k, v in value["params"].items()})
     if "transform" in value:
         return transforms.from_state(value["transform"], {k: _restore(v) for k, v in value["arrays"].items()})
     return {_restore(k): _restore(v) for k, v in value["dict"]}

@@ -92,7 +92,9 @@ class BlockSubspace:
         if any(min(c.p, c.q) > DENSE_SIZE for c in parts):
             return False
         forming = sum(c.p * c.q * c.n_gates for c in parts)
-        searching = sum(2 * rounds * size * c.n_gates * 3 * (c.form.workspace + c.q) for c in parts)
+        # A search is 2 * rounds thin products with everything a unit touches; thin products run at a fraction of the
+        # speed of wide ones.
+        searching = sum(2 * rounds * size * c.n_gates * 8 * (max(c.form.workspace, c.p) + c.q) for c in parts)
         return forming <= searching
 
     def _dense_pairs(self, L: Tensor, size: int) -> tuple[float, list[SingularPair], float]:
@@ -229,10 +231,11 @@ def ridge_scale(problem: Problem, L: Tensor, k: int) -> float:
     """Root mean square of A A^* L, the outputs of a unit gradient step of a ridge component."""
     component = problem.components[k]
     gradient = problem.gamma(L, k, None)
-    total, count = 0.0, 0
-    for _, stats in problem.chunks(problem.dtype, 1):
+    # Weighted, so that a weight of two is a row given twice.
+    total, width = 0.0, component.width * (1 if component.form.pooled else component.form.tokens)
+    for index, stats in problem.chunks(problem.dtype, 1):
         step = Units(None, gradient[None].to(problem.dtype))
-        rows = component.forward(component.features(stats[k], step), step.v)
-        total += float(rows.double().square().sum())
-        count += rows.numel()
-    return (total / max(1, count)) ** 0.5
+        rows = component.forward(component.features(stats[k], step), step.v).double()
+        squares = rows.square().view(index.stop - index.start, -1).sum(1)
+        total += float(squares @ problem.weights[index])
+    return (total / width) ** 0.5

@@ -69,7 +69,7 @@ class PooledGatedFNO(Architecture):
         masks = plain.masks(X, gates).to(X.dtype)
         # sum_t M[t] X[t - k] has the spectrum M^ conj(X^).
         product = plain.spectrum(masks.mT)[..., :, None] * plain.spectrum(X).conj()[..., None, :]
-        correlation = plain.from_spectrum(product.flatten(2)).view(len(X), self.tokens, len(gates), -1)
+        correlation = plain.from_spectrum(product.flatten(2)).view(X.shape[0], self.tokens, len(gates), -1)
         return (correlation.transpose(1, 2).flatten(2) / self.tokens,)
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
@@ -125,7 +125,7 @@ class FNO(Architecture):
         s, d = self.tokens, X.shape[-1]
         # w[k] meets X[q] in output t where t - k = q, that is k = t - q.
         filters = u.reshape(-1, s, d)[:, self._shifted(X.device)]
-        return (X.flatten(1) @ filters.reshape(-1, s * d).mT).view(len(X), -1, s)
+        return (X.flatten(1) @ filters.reshape(-1, s * d).mT).view(X.shape[0], -1, s)
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():

@@ -54,7 +54,7 @@ class Mixer(Architecture):
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
         m, s = u.shape[0], self.tokens
-        return (u.reshape(m * s, s) @ X).view(len(X), m, s, self.features)
+        return (u.reshape(m * s, s) @ X).view(X.shape[0], m, s, self.features)
 
     def values(self, X: Tensor, H: Tensor) -> Tensor:
         return H

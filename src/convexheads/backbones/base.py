@@ -71,10 +71,12 @@ class Transform:
             left, top = (image.width - size) // 2, (image.height - size) // 2
             image = image.crop((left, top, left + size, top + size))
         # numpy, not torch: this runs in threads beside the network and must not wake torch's own threads.
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)
-        scale = np.float32(1 / 255) / np.asarray(self.std, np.float32)
-        shift = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
-        return torch.from_numpy(pixels * scale[:, None, None] - shift[:, None, None])
+        pixels = np.asarray(image)
+        out = np.empty((3, size, size), np.float32)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            np.multiply(pixels[..., channel], np.float32(1 / 255) / np.float32(std), out=out[channel])
+            out[channel] -= np.float32(mean) / np.float32(std)
+        return torch.from_numpy(out)
 
 
 class Backbone(nn.Module):

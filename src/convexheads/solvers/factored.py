@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from convexheads.certificate import (
@@ -38,6 +39,13 @@ WARMUP_SAMPLES = 3000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
 WARMUP_STEPS = 400
 """Mini-batches of the warm-up, within 4 to 16 epochs."""
+STALL_FULL, STALL_IDLE = 1e-2, 2e-4
+"""Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
+IDLE = 1e-2
+"""Units are idle if together they carry less than this share of the gap."""
+LARGEST_GROWTH = 96
+CHEAP_WORK = 2e9
+"""Floating-point operations of one evaluation up to which a head starts with all the units there can be."""
 SPARE = 0.01
 """Share of the nuclear norm, in the smallest units, that is dropped after the first epochs."""
 
@@ -53,10 +61,18 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        if full * component.n_gates * problem.n * component.form.workspace <= 4e6:
-            count = full
-        else:
-            count = min(full, max(4, 32 // component.n_gates))
+        # Products of one evaluation with all units: features, outputs and their adjoints.
+        work = 6.0 * problem.n * full * component.n_gates * (component.p + component.form.workspace + component.q)
+        count = (
+            full
+            if work <= CHEAP_WORK
+            else min(
+                full,
+                max(8, 64 // component.n_gates)
+                if component.p * component.form.workspace < 1e5
+                else max(4, 32 // component.n_gates),
+            )
+        )
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
 
@@ -154,6 +170,23 @@ def _join(first: Units, second: Units) -> Units:
     return Units(u[order], v[order], gate)
 
 
+def _padded(vector: Factors, shapes: Factors) -> Tensor:
+    """A vector over fewer units as one over more, zero on the new ones; new units follow the old ones of a gate."""
+    units = []
+    for old, new in zip(vector.units, shapes.units, strict=True):
+        extra = len(new.v) - len(old.v)
+        if old.u is None or new.u is None or not extra:
+            units.append(old)
+            continue
+        gate = None
+        if old.gate is not None and new.gate is not None:
+            spare = new.gate.bincount() - old.gate.bincount(minlength=int(new.gate.max()) + 1)
+            gate = torch.arange(len(spare), device=spare.device).repeat_interleave(spare)
+        zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
+        units.append(_join(old, zeros))
+    return Factors(units, vector.intercept).flat()
+
+
 def _flat_inverse(inverse: Preconditioner, shapes: Factors) -> Callable[[Tensor], Tensor]:
     return lambda gradient: inverse.apply(shapes.like(gradient)).flat()
 
@@ -208,36 +241,56 @@ class Factored:
     # Units ------------------------------------------------------------------------------------------------
 
     def add_units(self, factors: Factors, pairs: list[SingularPair]) -> Factors:
-        """Append singular pairs above beta as units, with the step of a one-dimensional Newton model each."""
+        """Append singular pairs above beta as units, at the sizes that a quadratic model gives them together.
+
+        Left to the factored objective alone, a unit near zero grows by a factor sigma / beta an iteration only. The
+        model is min over t >= 0 of sum_i (beta w - sigma_i) t_i + (1/2) t^T Q t with Q the loss curvature between
+        the pairs' outputs.
+        """
+        problem = self.problem
+        dtype = factors.tensors()[0].dtype
+        sizes = self._step_sizes(factors, pairs)
+        units = []
+        for k, (component, old) in enumerate(zip(problem.components, factors.units, strict=True)):
+            own = [(pair, size) for pair, size in zip(pairs, sizes, strict=True) if pair.component == k and size > 0]
+            if old.u is None or not own:
+                units.append(old)
+                continue
+            root = torch.tensor([math.sqrt(size) for _, size in own], dtype=dtype, device=problem.device)
+            # -L is the descent direction: the unit is -u v^T.
+            u = -torch.stack([pair.u for pair, _ in own]).to(dtype) * root[:, None]
+            v = torch.stack([pair.v for pair, _ in own]).to(dtype) * root[:, None]
+            gate = None
+            if component.gates is not None:
+                gate = torch.tensor([pair.gate for pair, _ in own], device=problem.device)
+            shape_v = (component.form.value_width, component.width)
+            units.append(_join(old, Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape_v), gate)))
+        return Factors(units, factors.intercept)
+
+    def _step_sizes(self, factors: Factors, pairs: list[SingularPair]) -> list[float]:
         problem = self.problem
         dtype = factors.tensors()[0].dtype
         targets, weights = problem.targets_of(slice(0, problem.n), dtype)
         O = problem.forward(factors, dtype)
-        units = []
-        for k, (component, old) in enumerate(zip(problem.components, factors.units, strict=True)):
-            own = [pair for pair in pairs if pair.component == k]
-            if old.u is None or not own:
-                units.append(old)
-                continue
-            u = torch.stack([pair.u for pair in own]).to(dtype).view(-1, *component.form.u_shape)
-            v = torch.stack([pair.v for pair in own]).to(dtype)
-            v = v.view(-1, component.form.value_width, component.width)
-            gate = None
-            if component.gates is not None:
-                gate = torch.tensor([pair.gate for pair in own], device=problem.device)
-            sizes = []
-            for i, pair in enumerate(own):
-                single = Units(u[i : i + 1], v[i : i + 1], None if gate is None else gate[i : i + 1])
-                move = self._component_outputs(k, single, dtype)
-                curvature = float((move * problem.loss.hessian_product(O, targets, weights, move)).sum())
-                excess = pair.sigma - problem.penalty_weight(component)
-                sizes.append(excess / max(curvature, 1e-30) / len(own))
-            root = torch.tensor(sizes, dtype=dtype, device=problem.device).sqrt()
-            # -L is the descent direction: the unit is -u v^T.
-            new_u = -u * root.view(-1, *[1] * (u.ndim - 1))
-            new_v = v * root.view(-1, 1, 1)
-            units.append(_join(old, Units(new_u, new_v, gate)))
-        return Factors(units, factors.intercept)
+        moves = torch.stack([self._pair_outputs(pair, dtype) for pair in pairs])
+        curved = torch.stack([problem.loss.hessian_product(O, targets, weights, move) for move in moves])
+        Q = (moves.flatten(1) @ curved.flatten(1).mT).double()
+        Q = 0.5 * (Q + Q.mT)
+        Q += torch.diag(1e-4 * Q.diagonal() + 1e-30)
+        excess = torch.tensor(
+            [pair.sigma - problem.penalty_weight(problem.components[pair.component]) for pair in pairs],
+            dtype=torch.float64,
+        )
+        factor = torch.linalg.cholesky(Q.cpu()).mT
+        right = torch.linalg.solve_triangular(factor.mT, excess[:, None], upper=False)[:, 0]
+        return nnls(factor.numpy(), right.numpy())[0].tolist()
+
+    def _pair_outputs(self, pair: SingularPair, dtype: torch.dtype) -> Tensor:
+        component = self.problem.components[pair.component]
+        u = pair.u.to(dtype).view(1, *component.form.u_shape)
+        v = pair.v.to(dtype).view(1, component.form.value_width, component.width)
+        gate = None if pair.gate is None else torch.tensor([pair.gate], device=self.problem.device)
+        return self._component_outputs(pair.component, Units(u, v, gate), dtype)
 
     def _component_outputs(self, k: int, units: Units, dtype: torch.dtype) -> Tensor:
         problem, component = self.problem, self.problem.components[k]
@@ -295,10 +348,10 @@ class Factored:
                     # The estimate was too low; ask for more before the next proof.
                     target = 0.5 * min(target, bound.relative_gap)
                 decrease = values[-11] - values[-1] if len(values) > 10 else math.inf
-                if decrease < 1e-3 * bound.gap:
-                    grown = self.grow(current, pairs)
+                if pairs and decrease < self.stall(current, bound):
+                    grown = self.grow(current, bound)
                     if grown is not None:
-                        optimiser, shapes = self.optimiser(grown, optimiser.x.dtype)
+                        optimiser, shapes = self.enlarge(optimiser, current, grown)
                         built_at = -REBUILD
                         values.clear()
                 checked_at = time.perf_counter()
@@ -359,19 +412,46 @@ class Factored:
                 room = min(room, self.max_rank - slim.n_units)
             # A margin of a third over the units in use: with too few, the factored objective stalls.
             saturated = len(small.v) == len(full.v)
-            extra = max(0, min(room, len(new.v), len(full.v) // 2 if saturated else len(small.v) // 6))
+            extra = max(0, min(room, len(new.v), len(full.v) if saturated else len(small.v) // 6))
             chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
             units.append(_join(small, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
         return Factors(units, factors.intercept)
 
-    def grow(self, factors: Factors, pairs: list[SingularPair]) -> Factors | None:
-        """More units where singular vectors lie above beta; only asked for where the present units stall."""
-        room = math.inf
+    def stall(self, factors: Factors, bound: Certificate) -> float:
+        """Decrease of the objective in ten iterations below which more units are called for.
+
+        With every unit in use the gap may never close, so the answer comes early; while some are idle, a slow decrease
+        is only the lag of the gap behind the objective.
+        """
+        used, _ = canonical(self.problem, factors, IDLE * bound.gap)
+        return (STALL_FULL if used.n_units >= 0.95 * factors.n_units else STALL_IDLE) * bound.gap
+
+    def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
+        """More units, up to half as many again, along the singular vectors that lie above beta."""
+        room = LARGEST_GROWTH
         if self.max_rank is not None:
-            factors, _ = canonical(self.problem, factors, 0.0)
-            room = self.max_rank - factors.n_units
-        wanted = sorted(pairs, key=lambda pair: -pair.sigma)[: int(min(room, len(pairs)))]
+            factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * bound.primal)
+            room = min(room, self.max_rank - factors.n_units)
+        per_gate = max(
+            math.ceil(len(units.v) / component.n_gates / 2)
+            for component, units in zip(self.problem.components, factors.units, strict=True)
+        )
+        _, pairs = self.estimate(factors, size=max(6, per_gate))
+        # Pairs that are hardly above beta cost units and close nothing.
+        least = self.problem.beta * (1.0 + 0.1 * self.tol)
+        wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
+        wanted = sorted(wanted, key=lambda pair: -pair.sigma)[: max(0, room)]
         return self.add_units(factors, wanted) if wanted else None
+
+    def enlarge(self, old: LBFGS, before: Factors, after: Factors) -> tuple[LBFGS, Factors]:
+        """An optimiser for more units that keeps the curvature pairs of the old ones."""
+        optimiser, shapes = self.optimiser(after, old.x.dtype)
+        kept = [len(new.v) >= len(was.v) for new, was in zip(after.units, before.units, strict=True)]
+        if all(kept) and self.max_rank is None:
+            optimiser.pairs.extend(
+                (_padded(before.like(s), after), _padded(before.like(y), after), rho) for s, y, rho in old.pairs
+            )
+        return optimiser, shapes
 
     def prove(self, factors: Factors) -> Solution | None:
         """The certified solution if the proof confirms the tolerance, else None."""

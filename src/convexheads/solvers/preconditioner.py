@@ -21,6 +21,9 @@ from convexheads.types import Factors, Units
 FULL_SIZE = 768
 GROUP_SIZE = 1024
 SAMPLES = 1024
+"""Samples that moments are taken over."""
+ROWS_PER_COLUMN = 24
+"""Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
 
 
 class KroneckerInverse:
@@ -79,6 +82,7 @@ class Preconditioner:
         u_blocks = [None if units.u is None else UBlocks(problem, k, units) for k, units in enumerate(factors.units)]
         offset = 0
         rows_per_sample = 1
+        strides = [1 if blocks is None else blocks.stride(len(index)) for blocks in u_blocks]
         for part in parts:
             stats = problem.stats_of(part, dtype)
             weights = a[offset : offset + len(part)]
@@ -96,9 +100,12 @@ class Preconditioner:
                     moment += block.mT @ (block * row_weights[:, None])
             noise = torch.randn(O.shape, generator=generator, dtype=dtype).to(O.device)
             E = problem.loss.hessian_root_product(O, targets, noise).reshape(len(part), -1, problem.outputs)
-            for blocks, stat, component, units in zip(u_blocks, stats, problem.components, factors.units, strict=True):
+            for blocks, stride, stat, component, units in zip(
+                u_blocks, strides, stats, problem.components, factors.units, strict=True
+            ):
                 if blocks is not None:
-                    blocks.add(stat, units, E[..., component.outputs], weights)
+                    thin = tuple(t[::stride] for t in stat)
+                    blocks.add(thin, units, E[::stride, :, component.outputs], weights[::stride] * stride)
         hessian /= rows_per_sample
         self.v_inverses = []
         for component, moments in zip(problem.components, feature_moments, strict=True):
@@ -156,21 +163,30 @@ class UBlocks:
             self.left = [torch.zeros(a, a, **kwargs) for _ in self.groups]
             self.right = [torch.zeros(b * (g.stop - g.start), b * (g.stop - g.start), **kwargs) for g in self.groups]
 
+    def stride(self, samples: int) -> int:
+        """Every how many samples suffice for the Kronecker factors."""
+        if self.full:
+            return 1
+        columns = max(len(right) for right in self.right)
+        return max(1, samples // max(64, ROWS_PER_COLUMN * columns // self.shape[0]))
+
     def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor) -> None:
         """Add the second moments of these samples' gradients; residuals E (samples, tokens, c)."""
         form, v, gate, u0 = self.component.form, units.v, units.gate, units.u
         assert u0 is not None
 
-        def gradient(stat: tuple[Tensor, ...], residual: Tensor) -> Tensor:
-            cotangent = residual @ v.flatten(0, 1).mT
-            _, pullback = torch.func.vjp(lambda u: form.unit_features(tuple(t[None] for t in stat), u, gate), u0)
-            shape = (1, *v.shape[:2]) if form.pooled else (1, form.tokens, *v.shape[:2])
-            return pullback(cotangent.reshape(shape))[0]
+        def features(stat: tuple[Tensor, ...], u: Tensor) -> Tensor:
+            return form.unit_features(tuple(t[None] for t in stat), u, gate)[0]
 
         rows = max(1, 2**24 // u0.numel())
         for i in range(0, len(E), rows):
             part = tuple(t[i : i + rows] for t in stats)
-            G = torch.func.vmap(gradient)(part, E[i : i + rows])
+            # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
+            copies = u0.expand(len(part[0]), *u0.shape).detach().requires_grad_()
+            with torch.enable_grad():
+                T = torch.vmap(features)(part, copies)
+            cotangent = (E[i : i + rows] @ v.flatten(0, 1).mT).view_as(T)
+            (G,) = torch.autograd.grad(T, copies, cotangent)
             G = G * weights[i : i + rows].sqrt().view(-1, *[1] * (G.ndim - 1))
             if self.full:
                 flat = G.flatten(1)

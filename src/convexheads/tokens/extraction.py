@@ -447,8 +447,8 @@ class _Writer:
             raise DataError(
                 f"{self._out}: "
                 + describe(
-                    f"{free / 1e9:.2f} GB free",
-                    f"{needed / 1e9:.2f} GB for the tokens",
+                    f"{_size(free)} free",
+                    f"{_size(needed)} for the tokens",
                     "Free some space, choose another folder, keep fewer tokens (--tokens cls) or use --limit",
                 )
             )
@@ -460,9 +460,16 @@ def _write_all(file: Any, data: memoryview) -> None:
         data = data[written:]
 
 
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def _room(out: Path, needed: int) -> str:
     return (
-        f"Nothing that was done is lost: free some space ({needed / 1e9:.2f} GB are needed in all) and run "
+        f"Nothing that was done is lost: free some space ({_size(needed)} are needed in all) and run "
         "the same command again, it goes on where it stopped"
     )
 

@@ -1,0 +1,202 @@
+"""``convexheads fit``: one head on stored tokens, to certified optimality."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from convexheads.commands import common
+from convexheads.errors import InputError, describe
+
+KEPT = "no model was written: one is only saved when its fit is done"
+
+_DESCRIPTION = """\
+Fit one head to the tokens of a store. The fit is a convex program: it stops when it is proved to be within
+--tol of the global optimum, and prints the proof's numbers. The saved model holds the head, its certificate
+and everything that is done to the tokens before it.
+
+beta, the weight decay, is chosen on a part of the training set unless you give it."""
+
+_EPILOG = """\
+examples:
+  # self-attention on 32 whitened principal components of the patch tokens; beta chosen by validation
+  convexheads fit tokens/photos/train --head self_attention --pca 32 --whiten --append-constant \\
+      --scale auto --out head.safetensors
+
+  # gated ReLU with 16 random gates at a given share of beta_max
+  convexheads fit tokens/photos --head mlp --activation gated_relu --gates 16 --pca 32 --whiten \\
+      --beta-ratio 0.02 --out mlp.safetensors
+
+  # arrays instead of a store: an .npz file with X (n, s, d) and y (n,)
+  convexheads fit tokens.npz --head fno --grid 7x7 --out fno.safetensors
+
+what next:
+  convexheads predict head.safetensors tokens/photos/test --out predictions.csv
+  in Python: convexheads.load("head.safetensors").to_module()"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command on ``parser``."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.add_argument(
+        "store", metavar="STORE", help="token store, a folder with train/ in it, or an .npz file with X and y"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to save the model, such as head.safetensors")
+    common.add_output(parser, "the result", csv_too=False)
+    add_head(parser)
+    common.add_preprocessing(parser, common.Preprocessing())
+    common.add_validation(parser, "0.3,0.1,0.03,0.01,0.003,0.001", 2)
+    common.add_computation(parser)
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    """Options of one head and its program."""
+    group = parser.add_argument_group("head")
+    group.add_argument(
+        "--head", choices=common.HEADS, default="self_attention", help="architecture (default: %(default)s)"
+    )
+    group.add_argument(
+        "--activation",
+        choices=common.ACTIVATIONS,
+        default="linear",
+        help="linear, or gated_relu: ReLUs with fixed random masks (default: %(default)s)",
+    )
+    group.add_argument("--gates", type=common.count, default=16, metavar="P", help="number of masks (default: 16)")
+    group.add_argument(
+        "--grid",
+        type=common.grid_option,
+        default="auto",
+        metavar="HxW",
+        help="fno and block_fno: grid of the tokens for two-dimensional shifts; auto: that of the store; "
+        "none: one-dimensional (default: auto)",
+    )
+    group.add_argument(
+        "--n-blocks", type=common.count, default=4, metavar="B", help="block_fno: channel groups (default: %(default)s)"
+    )
+    group.add_argument("--max-rank", type=common.count, metavar="M", help="most units in all (default: no limit)")
+    group.add_argument("--no-intercept", action="store_true", help="fit without intercept")
+    group.add_argument(
+        "--label-smoothing", type=float, default=0.0, metavar="SHARE", help="of each label's mass (default: 0)"
+    )
+    group.add_argument("--class-weight", choices=["balanced"], help="balanced: every class counts the same")
+    beta = group.add_mutually_exclusive_group()
+    beta.add_argument("--beta", type=common.positive, metavar="BETA", help="weight decay")
+    beta.add_argument(
+        "--beta-ratio",
+        type=common.ratio_or_auto,
+        metavar="R",
+        help="weight decay as a share of beta_max, above which the head is empty; auto: chosen by validation (default)",
+    )
+
+
+def head_parameters(args: argparse.Namespace, tokens: common.Tokens) -> tuple[dict[str, Any], common.Preprocessing]:
+    """Parameters of the estimator that the options ask for, with the view in ``head``."""
+    preprocessing = common.Preprocessing.from_args(args)
+    view, found = preprocessing.chain(tokens)
+    grid = (found if args.grid == "auto" else args.grid) if args.head in ("fno", "block_fno") else None
+    return {
+        "head": args.head if view is None else {"head": args.head, "view": view},
+        "activation": args.activation,
+        "gates": args.gates,
+        "grid": grid,
+        "n_blocks": args.n_blocks,
+        "fit_intercept": not args.no_intercept,
+        "tol": args.tol,
+        "max_iter": args.max_iter,
+        "max_rank": args.max_rank,
+        "random_state": args.seed,
+        "device": args.device,
+        "dtype": args.dtype,
+        "verbose": 0 if args.quiet else 1,
+        "label_smoothing": args.label_smoothing,
+        "class_weight": args.class_weight,
+    }, preprocessing
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, print the certificate, save.
+
+    Raises
+    ------
+    ConvexHeadsError
+        If the tokens or an option cannot be used; the message is one line.
+    """
+    out = Path(args.out)
+    if out.suffix != ".safetensors":
+        raise InputError("--out: " + describe(repr(args.out), "a file name that ends in .safetensors"))
+    output = common.Output(args.json)
+    common.writable(out)
+    tokens = common.open_tokens(args.store, "train")
+    labels = tokens.require_labels()
+    parameters, preprocessing = head_parameters(args, tokens)
+    common.set_threads(args.threads)
+
+    from convexheads import ConvexHeadClassifier, ConvexHeadClassifierCV
+
+    watch = common.Stopwatch()
+    model: Any
+    if args.beta is None and args.beta_ratio is None:
+        model = ConvexHeadClassifierCV(
+            **parameters,
+            beta_ratios=args.beta_ratios,
+            validation=args.validation,
+            path_tol=args.path_tol,
+            patience=args.patience,
+        )
+    else:
+        ratio = 0.02 if args.beta_ratio is None else args.beta_ratio
+        model = ConvexHeadClassifier(**parameters, beta=args.beta, beta_ratio=ratio)
+    with common.prints_to_stderr():
+        model.fit(tokens.X, labels)
+    seconds = watch.seconds
+    accuracy = float(model.score(tokens.X, labels))
+    model.save(out)
+    result = {
+        "model": str(out),
+        "tokens": tokens.summary(),
+        "preprocessing": preprocessing.as_dict(),
+        "head": args.head,
+        "activation": args.activation if args.head != "linear" else "linear",
+        "gates": args.gates if args.activation != "linear" else None,
+        "grid": parameters["grid"],
+        "n_blocks": args.n_blocks if args.head == "block_fno" else None,
+        "beta": model.beta_,
+        "beta_max": model.beta_max_,
+        "rank": model.rank_,
+        "certificate": model.certificate_.as_dict(),
+        "converged": model.certificate_.relative_gap <= args.tol,
+        "train_accuracy": accuracy,
+        "iterations": model.n_iter_,
+        "seconds": seconds,
+        "path": getattr(model, "path_", None),
+    }
+    _show(output, model, result, args)
+    output.write(result)
+    return 0
+
+
+def _show(output: common.Output, model: Any, result: dict[str, Any], args: argparse.Namespace) -> None:
+    branch = model._branches[0]
+    chosen = f", chosen on {common.percent(args.validation)} of the training set" if result["path"] else ""
+    share = f" = {model.beta_ / model.beta_max_:.3g} beta_max" if model.beta_max_ > 0 else ""
+    output.print(
+        f"{args.head} ({result['activation']}): {model.rank_} units on {branch.tokens} tokens of {branch.features} "
+        f"features, {branch.outputs} classes"
+    )
+    output.print(f"beta            {model.beta_:.4g}{share}{chosen}")
+    for line in certificate_lines(model.certificate_):
+        output.print(line)
+    output.print(f"train accuracy  {common.percent(result['train_accuracy'])}")
+    output.print(f"saved           {args.out}  ({result['seconds']:.1f} s)")
+
+
+def certificate_lines(certificate: Any) -> list[str]:
+    """A certificate in three lines."""
+    how = "proved" if certificate.certified else "not proved"
+    return [
+        f"objective       {certificate.primal:.8g}",
+        f"lower bound     {certificate.dual:.8g}",
+        f"gap             {certificate.gap:.3g}, {certificate.relative_gap:.2e} of the objective "
+        f"({how}: {certificate.sigma_max.method})",
+    ]
