@@ -15,8 +15,8 @@ from convexheads.problem import Problem
 from convexheads.spectral import largest_singular_value
 from convexheads.types import Units
 
-DENSE_WORK = 3e11
-"""Floating-point operations up to which beta_max forms every Gamma."""
+DENSE_WORK = 2e10
+"""Floating-point operations up to which beta_max forms every Gamma in float64, to full accuracy."""
 DENSE_SIZE = 256
 """Largest min(p, q) for which an SVD of Gamma is cheaper than a search."""
 
@@ -52,8 +52,8 @@ class BlockSubspace:
         sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative.
         """
         problem = self.problem
-        if self._dense_is_cheap(size, rounds):
-            return self._dense_pairs(L, size)
+        if self._forming_is_cheap(size, rounds):
+            return self._dense_pairs(L, size, rounds, tol)
         searches = [
             _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
             for k, component in enumerate(problem.components)
@@ -86,20 +86,20 @@ class BlockSubspace:
             ]
         return best, pairs, ridge
 
-    def _dense_is_cheap(self, size: int, rounds: int) -> bool:
-        """Whether forming every Gamma costs less than a search, and its SVD next to nothing."""
+    def _forming_is_cheap(self, size: int, rounds: int) -> bool:
+        """Whether forming every Gamma costs less than a matrix-free search."""
         parts = [c for c in self.problem.components if not c.ridge]
-        if any(min(c.p, c.q) > DENSE_SIZE for c in parts):
-            return False
         forming = sum(c.p * c.q * c.n_gates for c in parts)
         # A search is 2 * rounds thin products with everything a unit touches; thin products run at a fraction of the
         # speed of wide ones.
-        searching = sum(2 * rounds * size * c.n_gates * 8 * (max(c.form.workspace, c.p) + c.q) for c in parts)
+        searching = sum(2 * rounds * size * c.n_gates * 4 * (c.form.unit_work + c.q) for c in parts)
         return forming <= searching
 
-    def _dense_pairs(self, L: Tensor, size: int) -> tuple[float, list[SingularPair], float]:
+    def _dense_pairs(self, L: Tensor, size: int, rounds: int, tol: float) -> tuple[float, list[SingularPair], float]:
+        """The same from explicit matrices, one block at a time."""
         problem = self.problem
-        best, ridge, pairs = 0.0, 0.0, []
+        best, ridge = 0.0, 0.0
+        pairs: list[SingularPair] = []
         for k, component in enumerate(problem.components):
             bound = problem.penalty_weight(component)
             for g in problem.gates_of(k):
@@ -107,10 +107,18 @@ class BlockSubspace:
                 if component.ridge:
                     ridge += float(gamma.double().square().sum()) / (2 * bound)
                     continue
-                A, sigma, Bt = torch.linalg.svd(gamma, full_matrices=False)
+                if min(gamma.shape) <= DENSE_SIZE:
+                    A, sigma, right = torch.linalg.svd(gamma, full_matrices=False)
+                    left = A.mT
+                else:
+                    search = _BlockSearch(k, g, *gamma.shape, min(size, *gamma.shape))
+                    search.start(self.top.get(search.key), self.generator, L)
+                    search.run(gamma, rounds, tol)
+                    (left, right), sigma = search.vectors(), search.sigma
+                    self.top[search.key] = right.mT
                 best = max(best, float(sigma[0]) / component.weight)
                 leading = enumerate(sigma[:size].tolist())
-                pairs += [SingularPair(k, g, s, A[:, i].clone(), Bt[i].clone()) for i, s in leading if s > bound]
+                pairs += [SingularPair(k, g, s, left[i].clone(), right[i].clone()) for i, s in leading if s > bound]
         return best, pairs, ridge
 
     def _apply(
@@ -186,6 +194,16 @@ class _BlockSearch:
         self.left, self.right = A.mT @ self.U, Bt
         self.new_v = self._orthonormal(image, self.V)
         self.exhausted = len(self.V) + len(self.new_v) > min(self.p, self.q)
+
+    def run(self, gamma: Tensor, rounds: int, tol: float) -> None:
+        """The whole search on an explicit matrix."""
+        previous = 0.0
+        for _ in range(rounds):
+            self.extend_left(self.new_v @ gamma.mT)
+            self.extend_right(self.new_u @ gamma)
+            if float(self.sigma[0]) <= previous * (1 + tol) or self.exhausted:
+                break
+            previous = float(self.sigma[0])
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Leading left and right singular vectors as rows."""

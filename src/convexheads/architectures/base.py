@@ -107,6 +107,14 @@ class Architecture:
         return self.tokens * (self.tokens + self.features)
 
     @property
+    def unit_work(self) -> int:
+        """Multiplications that the features of one unit take on one sample, about: steers choices of method."""
+        p = 1
+        for size in self.u_shape:
+            p *= size
+        return max(p, self.workspace)
+
+    @property
     def u_matrix(self) -> tuple[int, int]:
         """Sizes (a, b) with a * b = p in which u is seen as a matrix by Kronecker-factored preconditioners."""
         shape = self.u_shape

@@ -25,6 +25,10 @@ class PooledLinearMixer(Architecture):
     def workspace(self) -> int:
         return self.features
 
+    @property
+    def unit_work(self) -> int:
+        return self.tokens * self.features
+
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         return (u * self.tokens**-0.5) @ stats[0]
 
@@ -51,6 +55,10 @@ class Mixer(Architecture):
     @property
     def workspace(self) -> int:
         return self.tokens * self.features
+
+    @property
+    def unit_work(self) -> int:
+        return self.tokens**2 * self.features
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
         m, s = u.shape[0], self.tokens

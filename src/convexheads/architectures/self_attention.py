@@ -55,6 +55,10 @@ class PooledGatedSelfAttention(_Pooled):
     def workspace(self) -> int:
         return self.tokens * self.features
 
+    @property
+    def unit_work(self) -> int:
+        return self.tokens * self.features**2
+
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         assert gates is not None
         plain = SelfAttention(self.tokens, self.features, self.outputs)

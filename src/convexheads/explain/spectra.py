@@ -199,7 +199,7 @@ class Truncation:
     dtype: torch.dtype = field(repr=False)
 
     def module(self, dtype: torch.dtype | None = None) -> ConvexHead:
-        """The truncated head as a module, (n, s, d) -> logits; ``dtype`` defaults to that of predictions."""
+        """The truncated head as a module, (n, s, d) -> logits; ``dtype`` defaults to that of ``to_module``."""
         return ConvexHead(self.branches, self.factors, self.dtype if dtype is None else dtype, self.beta).eval()
 
 
@@ -265,7 +265,7 @@ def truncate(estimator: Any, heads: int, X: Any = None, sample_weight: ArrayLike
         rise,
         fitted.branches,
         fitted.beta,
-        fitted.dtype,
+        torch.float64 if fitted.estimator.dtype == "float64" else torch.float32,
     )
 
 

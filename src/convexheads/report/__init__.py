@@ -23,9 +23,11 @@ COLUMNS: dict[str, str] = {
     "head": "head",
     "activation": "activation",
     "beta": "beta",
+    "beta_ratio": "beta / beta_max",
     "rank": "heads",
     "objective": "objective",
     "relative_gap": "relative gap",
+    "validation": "validation",
     "top1": "top-1",
     "top5": "top-5",
     "seconds": "seconds",
@@ -50,7 +52,7 @@ def write_report(
     path : file to write, such as ``report.html``; its folder must exist.
     rows : one dict a fitted head with any of the keys ``head``, ``activation``, ``beta``, ``rank``, ``objective``,
         ``relative_gap``, ``top1`` and ``top5`` (accuracies in [0, 1]), ``seconds``, ``certified``; further keys become
-        further columns. What a row lacks is shown as a dash.
+        further columns, as far as their values are numbers or text. What a row lacks is shown as a dash.
     estimators : name -> fitted estimator (or pipeline that ends in one), each shown with its certificate, spectrum,
         latent energies and course of the fit.
     title : heading of the report.
@@ -90,8 +92,9 @@ def render_report(
     if isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows):
         raise InputError("rows: " + describe(type(rows).__name__, "a list of dicts, one a fitted head"))
     heads = {str(name): Fitted(model) for name, model in (estimators or {}).items()}
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    keys += [key for key in dict.fromkeys(key for row in rows for key in row) if key not in COLUMNS]
+    rows = [_plain(row) for row in rows]
+    found = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in COLUMNS if key in found] + [key for key in found if key not in COLUMNS]
     template = resources.files("convexheads.report").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     history = {name: head.estimator.history_ for name, head in heads.items() if head.estimator.history_["seconds"]}
@@ -108,17 +111,27 @@ def render_report(
     return page
 
 
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table can show of a row; without a gap there is nothing to be certified."""
+    found = {}
+    for key, value in row.items():
+        value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+        if isinstance(value, (str, int, float)) and value != "":
+            found[str(key)] = value
+    if found.get("relative_gap") is None and "relative_gap" in row:
+        found.pop("certified", None)
+    return found
+
+
 def cell(key: str, value: Any) -> str:
     """How a value of a column is written: accuracies in percent, small numbers in powers of ten."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
-    if hasattr(value, "item"):
-        value = value.item()
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, (int, float)):
         return str(value)
-    if key in ("top1", "top5"):
+    if key in ("validation", "top1", "top5"):
         return f"{100 * value:.2f} %"
     if key == "seconds":
         return f"{value:.1f}"
@@ -166,8 +179,14 @@ def _section(name: str, head: Fitted) -> dict[str, Any]:
         ],
         "energies": _svg(figures.energies_figure(energies)),
         "hidden_energies": max(0, len(energies) - figures.MAX_PANELS),
-        "parameters": [(key, repr(value)) for key, value in sorted(estimator.get_params(deep=False).items())],
+        "parameters": [(key, _short(value)) for key, value in sorted(estimator.get_params(deep=False).items())],
     }
+
+
+def _short(value: Any, limit: int = 400) -> str:
+    """repr on one line, cut where an array of gates would fill pages."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def _svg(figure: Any) -> str:
