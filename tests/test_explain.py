@@ -467,10 +467,15 @@ def test_figures_of_every_head(head: str, activation: str) -> None:
     drawn(figures.history_figure(model, tol=1e-3))
 
 
-def test_figures_of_an_empty_head() -> None:
+@pytest.mark.parametrize("head", ["self_attention", "mixer", "fno", "block_fno", "mlp"])
+def test_an_empty_head(head: str) -> None:
     X, y = data()
-    model = ConvexHeadClassifier(head="mlp", activation="gated_relu", gates=2, beta_ratio=2.0).fit(X, y)
+    model = ConvexHeadClassifier(head=head, activation="gated_relu", gates=2, n_blocks=2, beta_ratio=2.0).fit(X, y)
     assert sum(each.rank for each in spectra(model)) == 0
+    assert all(each.active == 0 for each in gate_sparsity(model))
+    assert all((each.values == 0).all() for each in latent_energies(model))
+    assert (token_contributions(model, X) == 0).all()
+    assert truncate(model, 3, X).objective_rise == 0
     drawn(figures.spectrum_figure(model))
     drawn(figures.energies_figure(model))
 

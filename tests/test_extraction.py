@@ -343,6 +343,18 @@ def test_stopped_between_every_two_steps(
     assert files(out) == clean
 
 
+def test_replacing_is_resumed_too(tmp_path: Path, images: ImageSource, clean: dict[str, str]) -> None:
+    out = tmp_path / "s"
+    extract(images, Tiny(seed=1), out, **QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, Stopping(5, KeyboardInterrupt()), out, overwrite=True, **QUIET)
+    assert extract(images, Tiny(), out, overwrite=True, **QUIET).resumed_from == 20
+    assert files(out) == clean
+    # Finished tokens are made anew when that is asked for.
+    assert extract(images, Tiny(), out, overwrite=True, **QUIET).images == 50
+    assert files(out) == clean
+
+
 def test_damaged_work_is_done_again(tmp_path: Path, images: ImageSource, clean: dict[str, str]) -> None:
     out = tmp_path / "s"
     interrupt(images, out, after=10)

@@ -113,6 +113,7 @@ def save_estimator(estimator: Any, path: str | Path) -> None:
         "certificate": estimator.certificate_.as_dict(),
         "branches": branches,
         "n_components": len(estimator._factors.units),
+        "precision": str(estimator._precision).removeprefix("torch."),
     }
     for name in ("classes_", "feature_names_in_"):
         if hasattr(estimator, name):
@@ -195,6 +196,7 @@ def _rebuild(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
             )
         )
     intercept = arrays.get("intercept")
+    estimator._precision = estimators.DTYPES[header["precision"]]
     estimator._branches = branches
     estimator._factors = Factors(units, None if intercept is None else torch.from_numpy(intercept.copy()))
     for name in ("classes_", "feature_names_in_"):

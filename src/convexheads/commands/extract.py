@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convexheads.errors import ConvexHeadsError, InputError, describe
+from convexheads.errors import InputError, describe
 
 HELP = "run images through a frozen backbone and store their tokens on disk"
 
@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float16", "bfloat16", "float32"],
         help="type on disk (default: %(default)s)",
     )
-    store.add_argument("--overwrite", action="store_true", help="replace tokens that are in the folder")
+    store.add_argument("--overwrite", action="store_true", help="replace other tokens that are in the folder")
     store.add_argument("--json", action="store_true", help="print the summary as JSON, for other programs")
     store.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -233,18 +233,3 @@ def _print(summaries: list[dict[str, Any]], backbone: Any) -> None:
         tokens = f"{s} tokens ({' + '.join(parts)}{grid}) x {d}"
         size = f"{item['bytes'] / 1e6:.0f} MB {item['dtype']}"
         print(f"  {item['path']}: {n} images x {tokens}, {labels}, {size}; {how}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command on its own: ``python -m convexheads.commands.extract``."""
-    parser = argparse.ArgumentParser(prog="convexheads extract")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ConvexHeadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -120,7 +120,7 @@ def block_energies(block: Block, branch: Branch) -> LatentEnergies:
     frequencies = None
     if kind == "feature pairs":
         # sum_{a,b} (sum_r u_r[a,k] v_r[l,b])^2, as a product of the units' inner products for each k and each l.
-        u, v = block.u.reshape(r, d, d), block.v.reshape(r, d, -1)
+        u, v = block.u.reshape(r, d, d), block.v.reshape(r, d, block.v.shape[1] // d)
         left = np.einsum("rak,qak->krq", u, u, optimize=True).reshape(d, -1)
         right = np.einsum("rlb,qlb->lrq", v, v, optimize=True).reshape(d, -1)
         squares = left @ right.T
@@ -128,7 +128,7 @@ def block_energies(block: Block, branch: Branch) -> LatentEnergies:
         squares = (sizes * block.u**2).sum(0).reshape(s, s)
     elif kind == "shifts":
         grid = (s,) if branch.grid is None else branch.grid
-        filters = block.u.reshape(r, *grid, -1)
+        filters = block.u.reshape(r, *grid, block.u.shape[1] // s)
         axes = tuple(range(1, 1 + len(grid)))
         weights = block.singular_values.reshape(r, *[1] * (len(grid) + 1))
         squares = (weights * filters**2).sum((0, -1))

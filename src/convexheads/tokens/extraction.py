@@ -155,7 +155,8 @@ def extract(
     shard_rows : rows a file, rounded up to whole batches; None: about 128 MiB.
     workers : threads that read and resize images while the network runs; None: 2 on a processor, up to
         8 with an accelerator.
-    overwrite : replace whatever tokens the folder holds.
+    overwrite : replace whatever tokens the folder holds; an unfinished extraction of the very same tokens
+        is continued all the same.
     progress : show a bar with rate and remaining time on standard error.
     checkpoint_seconds : how often the rows done are made durable, in seconds. A crash of the whole
         machine loses at most this much work.
@@ -314,7 +315,13 @@ class _Writer:
         seconds: float,
     ) -> None:
         self._out = out
-        self._journal = {"format": FORMAT, "version": VERSION, "key": key, "plan": plan, "settings": settings}
+        self._journal: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "key": key,
+            "plan": plan,
+            "settings": settings,
+        }
         self._row_bytes = row_bytes
         self._shard_rows: int = settings["shard_rows"]
         self._total: int = plan["shape"][0]
@@ -337,21 +344,23 @@ class _Writer:
     ) -> _Writer:
         """A writer that goes on from what an earlier run has left, or begins anew."""
         journal_file = out / JOURNAL
-        writer = cls(out, store_key(manifest), manifest, settings, row_bytes, seconds)
-        journal = None
-        if not overwrite and journal_file.exists():
-            journal = read_json(journal_file, "journal of an unfinished extraction", _again(out))
+
+        def new() -> _Writer:
+            return cls(out, store_key(manifest), manifest, settings, row_bytes, seconds)
+
+        writer = new()
+        resumed = False
+        if journal_file.exists() and not (out / MANIFEST).exists():
             try:
-                if journal["format"] != FORMAT or journal["version"] != VERSION:
-                    raise ValueError("another version")
-                _refuse_other_tokens(out, journal["plan"], manifest)
-                _refuse_other_tokens(out, {"run": journal["settings"]}, {"run": settings})
-                writer._resume(journal)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                if isinstance(error, DataError):
+                writer._resume(read_json(journal_file, "journal of an unfinished extraction", _again(out)))
+                resumed = True
+            except DataError:
+                # An extraction that replaces other tokens goes on too when it is stopped; only what has
+                # other options, or cannot be read, is replaced.
+                if not overwrite:
                     raise
-                raise DataError(f"{journal_file}: the journal is damaged ({error!r}). {_again(out)}") from error
-        else:
+                writer = new()
+        if not resumed:
             prepare_folder(out, overwrite)
         with full_disk_as_data_error(out, _room(out, writer._total * row_bytes)):
             writer._check_room()
@@ -416,6 +425,21 @@ class _Writer:
         self._open()
 
     def _resume(self, journal: dict[str, Any]) -> None:
+        """Take over what the journal says is done; DataError if it is of other tokens or damaged."""
+        try:
+            if journal["format"] != FORMAT or journal["version"] != VERSION:
+                raise ValueError("another version")
+            _refuse_other_tokens(self._out, journal["plan"], self._journal["plan"])
+            _refuse_other_tokens(self._out, {"run": journal["settings"]}, {"run": self._journal["settings"]})
+            self._take_over(journal)
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{self._out / JOURNAL}: the journal is damaged ({error!r}). {_again(self._out)}"
+            ) from error
+
+    def _take_over(self, journal: dict[str, Any]) -> None:
         for index, shard in enumerate(journal["shards"]):
             file = self._out / shard_name(index)
             if not file.exists() or file.stat().st_size != shard["rows"] * self._row_bytes:
