@@ -380,6 +380,7 @@ def test_timm_checkpoints(tmp_path: Path) -> None:
     assert load_backbone("vit_tiny_patch16_224", 48, checkpoint=tmp_path / "v.pth").grid == (3, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_timm_checkpoints_run_no_code(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     trap = tmp_path / "trap"

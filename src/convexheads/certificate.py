@@ -172,7 +172,9 @@ def certify_factors(problem: Problem, factors: Factors, network: bool = False) -
     if network:
         primal = problem.value(factors, torch.float64)
     else:
-        shift = O if factors.intercept is None else O - refitted.intercept + factors.intercept
+        shift = O
+        if factors.intercept is not None and refitted.intercept is not None:
+            shift = O - refitted.intercept + factors.intercept
         primal = problem.loss.value(shift, targets, weights) + penalty(problem, factors)
     L = dual_point(problem, O)
     sigma, ridge = bound_sigma(problem, L)

@@ -235,7 +235,9 @@ def _from_weights(
     if unknown:
         raise InputError("weights: " + describe(f"the keys {unknown}", f"some of {list(KEYS)}"))
     if weights.get("v") is None:
-        raise InputError("weights: " + describe(f"the keys {sorted(weights)}", "at least v, and u unless head='linear'"))
+        raise InputError(
+            "weights: " + describe(f"the keys {sorted(weights)}", "at least v, and u unless head='linear'")
+        )
     if pooling not in ("mean", None):
         raise InputError("pooling: " + describe(repr(pooling), "'mean', or None for token-level outputs"))
     blocks = head == "block_fno"
@@ -255,8 +257,7 @@ def _from_weights(
     for component in branch.components(0):
         components.append(component if form.ridge else replace(component, form=form))
     units = [
-        _units(weights, component, index if len(components) > 1 else None)
-        for index, component in enumerate(components)
+        _units(weights, component, index if len(components) > 1 else None) for index, component in enumerate(components)
     ]
     intercept = weights.get("intercept")
     if intercept is not None:

@@ -18,7 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("convexheads.commands.predict", "labels and probabilities of stored tokens by a saved head"),
     "compare": ("convexheads.commands.compare", "fit all heads to the same tokens and print a table"),
     "certify": ("convexheads.commands.certify", "prove again how far a saved head is from the global optimum"),
-    "explain": ("convexheads.commands.explain", "show what a saved head has learned: spectra, clusters, figures"),
+    "explain": (
+        "convexheads.commands.explain",
+        "draw the spectrum, latent dimensions, token clusters and evidence of a fitted head",
+    ),
 }
 """Name -> (module with ``add_arguments(parser)`` and ``run(args)``, line of help)."""
 

@@ -44,7 +44,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError("device: " + describe(repr(device), "None, 'auto' or a torch device such as 'cuda'")) from error
+        raise InputError(
+            "device: " + describe(repr(device), "None, 'auto' or a torch device such as 'cuda'")
+        ) from error
 
 
 class _ConvexHeadEstimator(BaseEstimator):
@@ -107,9 +109,7 @@ class _ConvexHeadEstimator(BaseEstimator):
             raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
         solver_function(self.solver)
 
-    def _build(
-        self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str
-    ) -> tuple[Problem, list[Branch]]:
+    def _build(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str) -> tuple[Problem, list[Branch]]:
         """The problem for checked targets (n[, s], c) and sample weights (n,) that sum to one; beta is left at 1."""
         tokens = as_tokens(X)
         rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
@@ -159,9 +159,7 @@ class _ConvexHeadEstimator(BaseEstimator):
                     if component.branch == index:
                         component.weight = branch.weight
 
-    def _fit_problem(
-        self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str, init: Any
-    ) -> Any:
+    def _fit_problem(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str, init: Any) -> Any:
         self._check_parameters()
         problem, branches = self._build(X, targets, weights, loss)
         self.beta_max_ = beta_max(problem)
@@ -342,7 +340,9 @@ def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
     shapes = [(c.form.u_shape, (c.form.value_width, c.width)) for i, b in enumerate(branches) for c in b.components(i)]
     given = [(() if u.u is None else tuple(u.u.shape[1:]), tuple(u.v.shape[1:])) for u in factors.units]
     if shapes != given:
-        raise InputError("init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens"))
+        raise InputError(
+            "init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens")
+        )
     return factors
 
 
@@ -509,9 +509,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
 
     def _targets(self, y: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str, np.ndarray | None]:
         if self.loss not in ("auto", "cross_entropy", "multilabel_logistic"):
-            raise InputError(
-                "loss: " + describe(repr(self.loss), "'auto', 'cross_entropy' or 'multilabel_logistic'")
-            )
+            raise InputError("loss: " + describe(repr(self.loss), "'auto', 'cross_entropy' or 'multilabel_logistic'"))
         token_level = self.pooling is None
         label_ndim = 2 if token_level else 1
         if not token_level and y.ndim == 2 and y.shape[1] == 1:
@@ -691,4 +689,3 @@ def load(path: str | Path) -> ConvexHeadClassifier | ConvexHeadRegressor:
     from convexheads.storage import load_estimator
 
     return load_estimator(path)
-

@@ -7,6 +7,7 @@ the same gates can be replayed on new data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def resolve_gates(
         return [draw_gates(shape, int(gates), rng) for _ in range(n_groups)]
     if isinstance(gates, (str, bytes)) or not hasattr(gates, "__len__"):
         raise InputError("gates: " + describe(repr(gates), "an integer or a sequence of arrays of u's shape"))
-    grouped = gates if n_groups > 1 else [gates]
+    given: Any = gates
+    grouped = given if n_groups > 1 else [given]
     if len(grouped) != n_groups:
         raise InputError(
             "gates: "

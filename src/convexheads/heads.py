@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,7 +126,7 @@ def make_branch(
     if isinstance(n_blocks, bool) or not isinstance(n_blocks, (int, np.integer)):
         raise InputError("n_blocks: " + describe(repr(n_blocks), "an integer >= 1"))
     weight = options.get("weight")
-    if weight is not None and not (np.isscalar(weight) and float(weight) > 0 and np.isfinite(float(weight))):
+    if weight is not None and not (isinstance(weight, Real) and 0 < float(weight) < np.inf):
         raise InputError("weight: " + describe(repr(weight), "a positive number, or None to choose it"))
     architecture = cls(shape[0], shape[1], outputs, pooled, grid, int(n_blocks))
     gates = resolve_gates(options.get("gates", 16), architecture, activation, rng)
@@ -252,10 +253,11 @@ class HeadUnits(nn.Module):
         return T.flatten(-2) @ self.v.flatten(0, 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HeadUnits:
-        # .half() or .float() on the module must not round the gates.
+        # .half() or .float() on the module must not round the gates; a device without float64 has to.
+        exact = self.gates
         super()._apply(fn, recurse)
-        if self.gates is not None:
-            self.gates = self.gates.double() if self.gates.device.type != "mps" else self.gates
+        if exact is not None and self.gates is not None and self.gates.device.type != "mps":
+            self.gates = exact.to(self.gates.device)
         return self
 
 
@@ -318,16 +320,20 @@ class ConvexHead(nn.Module):
 
     def groups(self) -> Iterator[HeadUnits]:
         """All channel groups of all branches, in order."""
-        for branch in self.branches:
-            yield from branch  # type: ignore[misc]
+        for branch in self.branches.children():
+            assert isinstance(branch, nn.ModuleList)
+            for group in branch:
+                assert isinstance(group, HeadUnits)
+                yield group
 
     def resolved_branches(self) -> list[Branch]:
         """The branches this module was built from, without their views (those stay modules)."""
         found = []
         for config, groups in zip(self.configs, self.branches, strict=True):
             grid = None if config["grid"] is None else tuple(config["grid"])
-            gates = [group.gates for group in groups]  # type: ignore[union-attr]
-            found.append(Branch(**{**config, "grid": grid}, gates=gates))  # type: ignore[arg-type]
+            assert isinstance(groups, nn.ModuleList)
+            gates = [group.gates for group in groups if isinstance(group, HeadUnits)]
+            found.append(Branch(**{**config, "grid": grid}, gates=gates))
         return found
 
     def export_onnx(self, path: str | Path, tokens: tuple[int, int]) -> None:

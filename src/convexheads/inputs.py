@@ -117,6 +117,5 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         names = ("sample", "feature") if len(shape) == 2 else ("sample", "token", "feature")
         empty = names[shape.index(0)]
         raise InputError(
-            "X: "
-            + describe(f"0 {empty}(s) (shape={shape}) while a minimum of 1 is required", f"at least one {empty}")
+            "X: " + describe(f"0 {empty}(s) (shape={shape}) while a minimum of 1 is required", f"at least one {empty}")
         )

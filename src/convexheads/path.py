@@ -124,6 +124,7 @@ def walk_path(
             max_rank=max_rank,
             random_state=random_state,
             init=start,
+            prove=False,
         )
         start = solution.factors
         score, loss = evaluate(solution.factors)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from convexheads.types import Factors, Units
 class Rows(Protocol):
     """Tokens of one branch: rows can be sliced or indexed by an integer array."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, index, /): ...
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 CACHE_BYTES = 3 * 2**30

@@ -111,7 +111,7 @@ class BlockSubspace:
                     A, sigma, right = torch.linalg.svd(gamma, full_matrices=False)
                     left = A.mT
                 else:
-                    search = _BlockSearch(k, g, *gamma.shape, min(size, *gamma.shape))
+                    search = _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
                     search.start(self.top.get(search.key), self.generator, L)
                     search.run(gamma, rounds, tol)
                     (left, right), sigma = search.vectors(), search.sigma
@@ -137,7 +137,7 @@ class BlockSubspace:
             v = torch.cat([search.new_v for search in own]).view(-1, *shape)
             gate = None
             if component.gates is not None:
-                gate = torch.cat([torch.full((len(s.new_u),), s.gate, device=L.device) for s in own])
+                gate = torch.cat([torch.full((len(s.new_u),), s.gate or 0, device=L.device) for s in own])
             units.append(Units(u, v, gate))
         images = problem.adjoint(L, units)
         if with_ridge:

@@ -6,6 +6,8 @@ circ(X)[t, k * d + a] = X[t - k, a] with indices modulo s, or modulo (h, w) on a
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class PooledLinearFNO(Architecture):
     """The mean over tokens sees the sum of all shifts only: B(w, v) = s^{1/2} (xbar^T w) v^T with w in R^d."""
 
     name = "fno"
-    options = ("grid",)
+    options: ClassVar[tuple[str, ...]] = ("grid",)
 
     @property
     def u_shape(self) -> tuple[int, ...]:
@@ -45,7 +47,7 @@ class PooledGatedFNO(Architecture):
     """The mean over t of M[t] X[t - k, a] is a cross-correlation of mask and tokens: one vector in R^{sd} a gate."""
 
     name = "fno"
-    options = ("grid",)
+    options: ClassVar[tuple[str, ...]] = ("grid",)
 
     @property
     def u_shape(self) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ class FNO(Architecture):
     """The definition: hidden = circ(X) w1 (s), values = hidden."""
 
     name = "fno"
-    options = ("grid",)
+    options: ClassVar[tuple[str, ...]] = ("grid",)
     reductions = {("linear", True): PooledLinearFNO, ("gated_relu", True): PooledGatedFNO}
 
     @property

@@ -29,5 +29,5 @@ class Linear(Architecture):
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         return (X.mean(1),) if self.pooled else (X,)
 
-    def unit_features(self, stats: Stats, u: Tensor | None, gate: Tensor | None) -> Tensor:  # type: ignore[override]
+    def unit_features(self, stats: Stats, u: Tensor | None, gate: Tensor | None) -> Tensor:
         return stats[0].unsqueeze(-2)

@@ -391,7 +391,9 @@ def add_computation(parser: argparse.ArgumentParser, *, tol: float = 1e-3) -> No
     group.add_argument(
         "--max-iter", type=count, default=2000, metavar="N", help="most iterations of a fit (default: %(default)s)"
     )
-    group.add_argument("--seed", type=int, default=0, help="of gates, starting points and splits (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of gates, starting points and splits (default: %(default)s)"
+    )
     group.add_argument("--device", metavar="NAME", help="cpu (default), auto, cuda, ...")
     group.add_argument(
         "--dtype",

@@ -291,9 +291,7 @@ class _Run:
         ]
         self._fit(SUM, {"head": heads}, self.train.X, self.test.X, {"gates": None}, None)
 
-    def _fit(
-        self, name: str, options: dict[str, Any], X: Any, X_test: Any, extra: dict[str, Any], view: Any
-    ) -> None:
+    def _fit(self, name: str, options: dict[str, Any], X: Any, X_test: Any, extra: dict[str, Any], view: Any) -> None:
         """Choose beta, fit, measure, print."""
         from convexheads import ConvexHeadClassifier, ConvexHeadClassifierCV
 

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "store", metavar="STORE", help="token store, a folder with train/ in it, or an .npz file with X and y"
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="where to save the model, such as head.safetensors")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="where to save the model, such as head.safetensors"
+    )
     common.add_output(parser, "the result", csv_too=False)
     add_head(parser)
     common.add_preprocessing(parser, common.Preprocessing())

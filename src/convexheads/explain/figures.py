@@ -28,6 +28,8 @@ SIZES = "cividis"
 SIGNS = "PuOr"
 FORMATS = ("png", "svg", "pdf")
 MAX_PANELS = 12
+NO_GAP = 1e-8
+"""Relative gaps below this are drawn there: they are rounding."""
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -119,26 +121,30 @@ def _draw_spectrum(axis: Any, blocks: Sequence[BlockSpectrum]) -> None:
 
 
 def _draw_gates(axis: Any, gates: Sequence[Any]) -> None:
-    place = 0
     single = len(gates) == 1
-    few = single and len(gates[0].shares) <= len(PALETTE)
+    place, ticks, names = 0.0, [], []
     for i, group in enumerate(gates):
         order = np.argsort(-group.shares, kind="stable")
-        # A single group has the colours of its blocks, which are sorted in the same way.
-        colours = PALETTE[: len(order)] if few else PALETTE[i % len(PALETTE)]
-        label = None if single else f"{group.head}, group {group.group}"
-        axis.bar(place + np.arange(len(order)), group.shares[order], width=0.8, color=colours, label=label)
-        if single and len(order) <= 24:
-            axis.set_xticks(np.arange(len(order)), [str(g) for g in order])
+        # A few gates have the colours of their blocks, which are sorted in the same way.
+        few = single and len(order) <= len(PALETTE)
+        axis.bar(
+            place + np.arange(len(order)),
+            group.shares[order],
+            width=0.8,
+            color=PALETTE[: len(order)] if few else PALETTE[i % len(PALETTE)],
+        )
+        if not single:
+            ticks.append(place + (len(order) - 1) / 2)
+            names.append(str(group.group) if gates[0].head == gates[-1].head else group.head)
+        elif len(order) <= 12:
+            ticks, names = list(range(len(order))), [str(g) for g in order]
         place += len(order) + 1
-    axis.set(xlabel="gate, by share", ylabel="share of the nuclear norm", title="Use of the gates")
-    axis.set_ylim(0, None)
-    if not single or len(gates[0].shares) > 24:
-        axis.set_xticks([])
+    what = "gate, by share" if single else "channel group" if gates[0].head == gates[-1].head else "head"
+    axis.set(xlabel=what, ylabel="share of the nuclear norm", title="Use of the gates")
+    axis.set_ylim(0, 1.12 * max(float(group.shares.max()) for group in gates) or 1.0)
+    axis.set_xticks(ticks, names)
     active, every = sum(g.active for g in gates), sum(len(g.shares) for g in gates)
-    _note(axis, f"{active} of {every} gates in use", where=(0.97, 0.96), align="right")
-    if not single:
-        axis.legend(fontsize=7, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.92))
+    _note(axis, f"{active} of {every} gates in use", where=(0.97, 0.99), align="right")
     _tidy(axis)
 
 
@@ -197,6 +203,8 @@ def _draw_energies(figure: Any, axis: Any, each: LatentEnergies, what: str, name
     assert values is not None
     kind = each.kind if what == "values" else "frequencies"
     axis.set_title(f"{each}: {kind}")
+    if not values.any():
+        _note(axis, "no heads", where=(0.97, 0.96), align="right")
     if values.ndim == 1:
         place = np.arange(len(values))
         if each.kind == "shifts":
@@ -206,6 +214,9 @@ def _draw_energies(figure: Any, axis: Any, each: LatentEnergies, what: str, name
         axis.set(xlabel={"shifts": "shift", "frequencies": "frequency", "features": "feature"}[kind], ylabel="energy")
         if each.kind != "shifts":
             _name(axis.xaxis, names, len(values))
+        axis.set_ylim(0, 1.05 * values.max() or 1.0)
+        if names is None:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axis)
         return
     extent = None
@@ -449,7 +460,7 @@ def history_figure(histories: Mapping[str, Any] | Any, title: str | None = None,
     """
     if not isinstance(histories, Mapping) or "objective" in histories:
         histories = {"": histories}
-    figure = new_figure(8.2, 3.4)
+    figure = new_figure(8.2 if len(histories) == 1 else 10.0, 3.4)
     left, right = figure.subplots(1, 2)
     for i, (name, history) in enumerate(histories.items()):
         if not isinstance(history, Mapping):
@@ -458,8 +469,8 @@ def history_figure(histories: Mapping[str, Any] | Any, title: str | None = None,
         gap = np.asarray(history["gap"], dtype=np.float64)
         style = {"color": PALETTE[i % len(PALETTE)], "ls": ("-", "--", ":", "-.")[i // len(PALETTE) % 4], "lw": 1.3}
         left.plot(seconds, history["objective"], marker="o", ms=2.5, **style)
-        good = np.isfinite(gap) & (gap > 0)
-        right.plot(seconds[good], gap[good], marker="o", ms=2.5, label=name or None, **style)
+        good = np.isfinite(gap)
+        right.plot(seconds[good], np.maximum(gap[good], NO_GAP), marker="o", ms=2.5, label=name or None, **style)
     left.set(xlabel="seconds", ylabel="objective", title="Objective")
     right.set(xlabel="seconds", ylabel="gap / objective", title="Relative duality gap", yscale="log")
     if tol is not None:
@@ -469,7 +480,7 @@ def history_figure(histories: Mapping[str, Any] | Any, title: str | None = None,
         axis.set_xlim(0, None)
         _tidy(axis)
     if any(histories):
-        right.legend(fontsize=7, frameon=False)
+        figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right upper")
     if title:
         figure.suptitle(title)
     return figure

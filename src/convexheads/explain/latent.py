@@ -56,7 +56,7 @@ class LatentEnergies:
     frequencies: np.ndarray | None = None
 
     def __str__(self) -> str:
-        group = f", group {self.group}" if self.group else ""
+        group = f", group {self.group}" if self.head == "block_fno" else ""
         gate = "" if self.gate is None else f", gate {self.gate}"
         return f"{self.head}{group}{gate}"
 

@@ -35,8 +35,8 @@ SOLVERS: dict[str, Solver] = {}
 def register(name: str) -> Callable[[Solver], Solver]:
     """Make a solver known by ``name``; this also enrols it in the contract tests.
 
-    A solver is called as ``solver(problem, tol=, max_iter=, max_rank=, random_state=, init=, progress=)`` and
-    returns a :class:`Solution`.
+    A solver is called as ``solver(problem, tol=, max_iter=, max_rank=, random_state=, init=, progress=, prove=)``
+    and returns a :class:`Solution`. It may prove more than ``prove`` asks for, never less.
     """
 
     def add(solver: Solver) -> Solver:

@@ -392,6 +392,7 @@ def solve_fista(
     random_state: int = 0,
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
+    prove: bool = True,
 ) -> Solution:
     """Minimise by accelerated proximal gradient on the dense blocks, in float64, with certified gap.
 

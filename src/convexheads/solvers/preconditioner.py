@@ -155,13 +155,13 @@ class UBlocks:
         self.full = m * p <= FULL_SIZE
         per = m if self.full else max(1, GROUP_SIZE // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
-        kwargs = {"dtype": units.u.dtype, "device": units.u.device}
+        like = units.u
         if self.full:
-            self.left = [torch.zeros(m * p, m * p, **kwargs)]
-            self.right = [torch.ones(1, 1, **kwargs)]
+            self.left = [like.new_zeros(m * p, m * p)]
+            self.right = [like.new_ones(1, 1)]
         else:
-            self.left = [torch.zeros(a, a, **kwargs) for _ in self.groups]
-            self.right = [torch.zeros(b * (g.stop - g.start), b * (g.stop - g.start), **kwargs) for g in self.groups]
+            self.left = [like.new_zeros(a, a) for _ in self.groups]
+            self.right = [like.new_zeros(b * (g.stop - g.start), b * (g.stop - g.start)) for g in self.groups]
 
     def stride(self, samples: int) -> int:
         """Every how many samples suffice for the Kronecker factors."""
