@@ -17,6 +17,7 @@ PACKAGE = "convexheads"
 # file `name.py` and for everything in the folder `name/`.
 LAYERS: list[list[str]] = [
     ["errors", "types"],
+    ["inputs", "targets"],
     ["tokens"],
     ["datasets", "backbones"],
     ["architectures"],
@@ -32,7 +33,9 @@ LAYERS: list[list[str]] = [
     ["relu"],
     ["heads"],
     ["explain"],
-    ["estimators"],
+    ["certification"],
+    ["estimators", "storage"],
+    ["model_selection"],
     ["report", "cli", "commands"],
     ["__init__", "__main__"],
 ]

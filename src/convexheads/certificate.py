@@ -77,10 +77,11 @@ def penalty(problem: Problem, factors: Factors) -> float:
     return total
 
 
-def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float) -> tuple[float, float]:
+def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float, evaluations: int = 25) -> tuple[float, float]:
     """Largest value of the dual on the ray alpha L: (value, alpha).
 
     ``upper`` bounds the feasible alpha of the nuclear blocks, ``ridge`` is sum_h ||A_h^* L||_F^2 / (2 beta w_h).
+    Every alpha gives a valid bound; more ``evaluations`` give a better one.
     """
     targets, weights = problem.targets_of(slice(0, problem.n), L.dtype)
     # Stay inside the domain of the conjugate: on its border rounding could step outside.
@@ -91,7 +92,10 @@ def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float) -> tuple
         return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
 
     found = minimize_scalar(
-        lambda alpha: -value(alpha), bounds=(0.0, upper), method="bounded", options={"xatol": 1e-7, "maxiter": 25}
+        lambda alpha: -value(alpha),
+        bounds=(0.0, upper),
+        method="bounded",
+        options={"xatol": 1e-7, "maxiter": evaluations},
     )
     candidates = [(value(alpha), alpha) for alpha in {upper, min(1.0, upper), float(found.x)}]
     return max(candidates)
@@ -105,10 +109,11 @@ def rescaled_bound(
     ridge: float,
     primal: float,
     intercept: Tensor | None,
+    evaluations: int = 25,
 ) -> Certificate:
     """The certificate from outputs, dual point and a bound on its largest singular value."""
     upper = problem.beta / sigma.upper if sigma.upper > 0 else math.inf
-    value, alpha = dual_value(problem, L, upper, ridge)
+    value, alpha = dual_value(problem, L, upper, ridge, evaluations)
     if intercept is not None:
         # What rounding leaves of sum_i L_i = 0 costs at most its product with the best intercept.
         rest = float(L.reshape(-1, problem.outputs).sum(0).norm())

@@ -124,8 +124,8 @@ def certify(
                 "Give the weights of another network as a dict with the keys u and v.",
             )
         )
-    for branch, rows in zip(branches, tokens, strict=True):
-        _check_tokens(branch, rows)
+    for branch, own in zip(branches, tokens, strict=True):
+        _check_tokens(branch, own)
     _check_finite(factors)
     _check_units(components, factors)
     beta = _check_beta(beta)
@@ -288,10 +288,11 @@ def _count_outputs(v: Any, blocks: int | None) -> int:
 def _units(weights: Mapping[str, Any], component: Component, group: int | None) -> Units:
     def part(name: str) -> Any:
         value = weights.get(name)
-        if value is None or group is None:
-            # A single block may come as a sequence of one.
-            single = component.head == "block_fno" and value is not None
-            return value[0] if single else value
+        if value is None:
+            return None
+        if group is None:
+            # A single block comes as a sequence of one.
+            return value[0] if component.head == "block_fno" else value
         if not hasattr(value, "__len__") or len(value) <= group:
             raise InputError(f"{name}: " + describe("too few entries", "one array for each block"))
         return value[group]

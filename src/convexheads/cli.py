@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from convexheads import __version__
-
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("convexheads.commands.demo", "the whole path on scikit-learn's digits, in a few minutes"),
     "extract": ("convexheads.commands.extract", "run images through a frozen backbone and store their tokens on disk"),
@@ -60,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command ``convexheads`` with all of its commands."""
+    from convexheads import __version__
+
     parser = Parser(
         prog="convexheads",
         description=_DESCRIPTION,
@@ -136,7 +136,7 @@ class _short_warnings:
             else:
                 usual(message, category, *rest, **named)
 
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
 
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)

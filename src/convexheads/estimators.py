@@ -31,7 +31,7 @@ from convexheads.types import Factors, Units
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SMALL_PROBLEM = 2_000_000
 """Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
-TINY_PROBLEM = 20_000
+TINY_PROBLEM = 5_000
 """Numbers in the tokens below which a solution within ``tol`` is polished to rounding."""
 
 
@@ -563,11 +563,12 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, c), or (n, s, c) for token-level outputs.
 
-        For two exclusive classes and pooled outputs it is (n,), the second class's logit minus the first's, as
-        everything in scikit-learn that takes a binary classifier expects; ``logits`` gives both columns.
+        For two exclusive classes and plain features X (n, d), which is scikit-learn's own ground, it is (n,), the
+        second class's logit minus the first's, as scikit-learn expects of a binary classifier; tokens (n, s, d) always
+        give all columns, and ``logits`` does so for any X.
         """
         logits = self._outputs(X)
-        if logits.shape[1:] == (2,) and not self._indicator:
+        if logits.shape[1:] == (2,) and not self._indicator and len(np.shape(X)) == 2:
             return logits[:, 1] - logits[:, 0]
         return logits
 

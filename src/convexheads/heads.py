@@ -321,8 +321,7 @@ class ConvexHead(nn.Module):
     def groups(self) -> Iterator[HeadUnits]:
         """All channel groups of all branches, in order."""
         for branch in self.branches.children():
-            assert isinstance(branch, nn.ModuleList)
-            for group in branch:
+            for group in branch.children():
                 assert isinstance(group, HeadUnits)
                 yield group
 

@@ -96,6 +96,7 @@ def _is_store(X: Any) -> bool:
         and hasattr(X, "__getitem__")
         and not isinstance(X, (np.ndarray, torch.Tensor))
         and not hasattr(X, "iloc")
+        and not hasattr(X, "__dataframe__")
         and not hasattr(X, "tocsr")
         and not hasattr(X, "__array_interface__")
         and not hasattr(X, "__array_namespace__")

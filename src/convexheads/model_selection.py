@@ -108,8 +108,8 @@ class _PathEstimator:
 
     _base: type
     # Chosen by the path, hence no parameters of these estimators.
-    beta = None
-    beta_ratio = 1.0
+    beta: float | None = None
+    beta_ratio: float = 1.0
 
     def _fit_path(self, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> Any:
         ratios = check_ratios(self.beta_ratios)  # type: ignore[attr-defined]
@@ -354,9 +354,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.path_tol = path_tol
         self.patience = patience
 
-    def fit(  # type: ignore[override]
-        self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None
-    ) -> ConvexHeadClassifierCV:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadClassifierCV:
         """Choose beta and fit.
 
         Parameters
@@ -427,8 +425,6 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.path_tol = path_tol
         self.patience = patience
 
-    def fit(  # type: ignore[override]
-        self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None
-    ) -> ConvexHeadRegressorCV:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadRegressorCV:
         """Choose beta and fit; see :meth:`ConvexHeadClassifierCV.fit`."""
         return self._fit_path(X, y, sample_weight, validation_data)

@@ -25,7 +25,7 @@ examples:
   convexheads explain model.safetensors tokens/cifar100 --out explained --images cifar100/ --samples 12
 
 what is written to the folder --out:
-  spectrum.png      sizes of the heads of each block, use of the gates, cost of truncation
+  spectrum.png      sizes of the heads of each block, use of the gates, tail after truncation
   energies.png      energies of the latent dimensions
   history.png       objective and certified gap against time
   clusters.png      with a store: clusters of tokens (self_attention and mlp heads)
@@ -317,12 +317,13 @@ def _print(output: common.Output, explanation: dict[str, Any], written: list[Pat
     certificate = explanation["certificate"]
     blocks = [block for block in explanation["spectra"] if block["rank"]]
     largest = max(blocks, key=lambda block: block["nuclear_norm"], default=None)
+    heads, many = explanation["rank"], len(blocks)
     output.print(
-        f"{explanation['rank']} heads in {len(blocks)} blocks; objective {certificate['primal']:.5g}, "
+        f"{heads} head{'s' * (heads != 1)} in {many} block{'s' * (many != 1)}; objective {certificate['primal']:.5g}, "
         f"at most {100 * certificate['relative_gap']:.2g} % above the global optimum"
     )
     if largest is not None:
-        output.print(f"  largest block: {largest['rank']} heads, effective rank {largest['effective_rank']:.1f}")
+        output.print(f"  largest block: rank {largest['rank']}, effective rank {largest['effective_rank']:.1f}")
     for each in explanation["gates"]:
         output.print(f"  gates in use: {each['active']} of {len(each['shares'])}, effectively {each['effective']:.1f}")
     for each in explanation["energies"]:

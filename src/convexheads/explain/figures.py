@@ -76,7 +76,7 @@ def save_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
 
 
 def spectrum_figure(estimator: Any, title: str | None = None) -> Any:
-    """Sizes of the heads of every block, the use of the gates (where there are any), and the cost of truncation.
+    """Sizes of the heads of every block, use of the gates (where there are any), and the tail after truncation.
 
     Parameters
     ----------
@@ -289,12 +289,12 @@ def _pictures(images: Any, count: int) -> list[np.ndarray | None]:
     return found
 
 
-def _layout(count: int, maps: int, pictures: bool, per_row: int) -> tuple[Any, list[list[Any]]]:
-    """A figure with, for each sample, an axis for its picture (if any) and ``maps`` more."""
+def _layout(count: int, maps: int, pictures: bool, per_row: int, height: float) -> tuple[Any, list[list[Any]]]:
+    """A figure with, for each sample, an axis for its picture (if any) and ``maps`` more; ``height`` inches a row."""
     wide = maps + pictures
     across = max(1, min(per_row, count))
     down = -(-count // across)
-    figure = new_figure(1.75 * wide * across + 0.4, 2.15 * down + 0.5)
+    figure = new_figure(1.75 * wide * across + 0.4, height * down + 0.2)
     axes = np.asarray(figure.subplots(down, wide * across, squeeze=False))
     for axis in axes.reshape(-1):
         axis.set_xticks([])
@@ -346,7 +346,7 @@ def clusters_figure(
     each = np.atleast_2d(np.asarray(labels))
     pictures = _pictures(images, len(each))
     shown = any(picture is not None for picture in pictures)
-    figure, axes = _layout(len(each), 1, shown, 4 if shown else 8)
+    figure, axes = _layout(len(each), 1, shown, 4 if shown else 8, 2.05)
     count = int(each.max()) + 1
     colours = require("matplotlib.colors", "plots").ListedColormap(
         [PALETTE[i] if i < len(PALETTE) else _map("viridis")(i / count) for i in range(count)]
@@ -420,7 +420,7 @@ def evidence_figure(
     pictures = _pictures(images, len(values))
     shown = any(picture is not None for picture in pictures)
     maps = values.shape[2]
-    figure, axes = _layout(len(values), maps, shown, max(1, 8 // (maps + shown)))
+    figure, axes = _layout(len(values), maps, shown, max(1, 8 // (maps + shown)), 2.2)
     for i, (one, picture, own) in enumerate(zip(values, pictures, axes, strict=True)):
         if shown and picture is not None:
             own[0].imshow(picture, interpolation="nearest")

@@ -225,7 +225,7 @@ class Factored:
         L = dual_point(problem, O)
         sigma, pairs, ridge = self.subspace.top_pairs(L.to(problem.dtype), size, rounds, 0.03 * self.tol)
         bound = rescaled_bound(
-            problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept
+            problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
         )
         return bound, pairs
 
@@ -333,12 +333,12 @@ class Factored:
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
         next_check, check_seconds, checked_at = 0, 0.0, time.perf_counter()
-        built_at = -REBUILD
+        built_at, patience = -REBUILD, 2.0
         values: list[float] = []
         stalls = 0
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            if self.n_iter >= next_check and time.perf_counter() - checked_at >= 2.0 * check_seconds:
+            if self.n_iter >= next_check and time.perf_counter() - checked_at >= patience * check_seconds:
                 began = time.perf_counter()
                 current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
@@ -357,6 +357,8 @@ class Factored:
                         optimiser, shapes = self.enlarge(optimiser, current, grown)
                         built_at = -REBUILD
                         values.clear()
+                # Far from the tolerance a check seldom ends the solve.
+                patience = 2.0 if bound.relative_gap > 30 * self.tol else 1.0
                 checked_at = time.perf_counter()
                 check_seconds = checked_at - began
                 next_check = self.n_iter + 5
@@ -397,6 +399,35 @@ class Factored:
         epochs = min(16, max(4, round(WARMUP_STEPS * BATCH / problem.n)))
         found = adam_epochs(problem, start, scale, epochs, self.generator)
         return self.resize(found, counts)
+
+    def second_guess(self, init: Factors) -> Factors:
+        """A warm start with as many small random units again, brought near the optimum in the same way."""
+        problem = self.problem
+        init = init.to(problem.dtype)
+        counts = [
+            0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
+            for c, units in zip(problem.components, init.units, strict=True)
+        ]
+        fresh = random_factors(problem, [max(1, n) for n in counts], self.generator, problem.dtype)
+        units = []
+        for component, old, new in zip(problem.components, init.units, fresh.units, strict=True):
+            room = min(component.p, component.q) * component.n_gates - len(old.v)
+            if self.max_rank is not None:
+                room = min(room, self.max_rank - init.n_units)
+            if old.u is None or new.u is None or room <= 0:
+                units.append(old)
+                continue
+            chosen = torch.randperm(len(new.v), generator=self.generator)[:room].sort().values.to(problem.device)
+            units.append(_join(old, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
+        start = Factors(units, init.intercept)
+        norm = 0.5 * start_scale(problem, max(1, start.n_units))
+        return adam_epochs(
+            problem,
+            start,
+            lambda k: norm / math.sqrt(problem.components[k].weight),
+            min(8, max(4, round(WARMUP_STEPS * BATCH / problem.n))),
+            self.generator,
+        )
 
     def resize(self, factors: Factors, counts: list[int]) -> Factors:
         """Drop the units that carry next to nothing, and add small random ones where all are in use."""
@@ -506,4 +537,6 @@ def solve_factored(
     state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
     if init is None:
         return state.run(state.first_guess(initial_units(problem, max_rank)))
+    if problem.n >= WARMUP_SAMPLES:
+        return state.run(state.second_guess(init))
     return state.run(init, warm=True)

@@ -1,7 +1,7 @@
 """From a tolerance to rounding: what a tiny problem can afford.
 
 At the right rank the factored objective is smooth and, next to a solution, as well behaved as the convex program, so
-that plain L-BFGS on the units found reaches the limits of float64 in about a hundred evaluations. The result then no
+that plain L-BFGS on the units found reaches the limits of float64 in some hundred evaluations. The result then no
 longer depends on where a solver started: weights equal repeated rows, whatever the order of the rows.
 """
 
@@ -18,7 +18,9 @@ from convexheads.solvers.base import Solution
 from convexheads.solvers.factored import canonical
 from convexheads.solvers.lbfgs import LBFGS
 
-STEPS = 300
+STEPS = 1000
+PATIENCE = 60
+"""Steps without a smaller gradient after which what is left is taken for rounding."""
 
 
 def polish(problem: Problem, solution: Solution, steps: int = STEPS) -> Solution:
@@ -40,16 +42,17 @@ def polish(problem: Problem, solution: Solution, steps: int = STEPS) -> Solution
     decay = factors.like(torch.zeros_like(optimiser.x))
     problem.add_decay(factors, decay)
     rounding = 1e-14 * float(decay.flat().norm())
-    failures = 0
+    smallest, since, failures = float(optimiser.gradient.norm()), 0, 0
     for _ in range(steps):
-        if float(optimiser.gradient.norm()) <= rounding:
+        if smallest <= rounding or (since > PATIENCE and smallest <= 1e6 * rounding):
             break
-        if optimiser.step():
-            failures = 0
-            continue
-        failures += 1
+        failures = 0 if optimiser.step() else failures + 1
         if failures > 1:
             break
+        since += 1
+        size = float(optimiser.gradient.norm())
+        if size < 0.9 * smallest:
+            smallest, since = size, 0
     slim, _ = canonical(problem, factors.like(optimiser.x), 0.0)
     slim, _ = refit_intercept(problem, slim)
     certificate = certify_factors(problem, slim)
