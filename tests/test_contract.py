@@ -12,6 +12,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from contract_cases import (
     CASES,
     DEFINITIONS,
@@ -26,10 +30,6 @@ from contract_cases import (
     random_units,
     reference_outputs,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from convexheads import ConvexHeadClassifier, ConvexHeadRegressor, load
 from convexheads.architectures import ARCHITECTURES
 from convexheads.certificate import bound_sigma, certify_factors, dual_point, penalty, refit_intercept
@@ -435,7 +435,7 @@ def sup_along(loss: Any, L: Tensor, Y: Tensor, a: Tensor) -> float:
         optimiser.zero_grad()
         entries = (a * loss.entry_value(o, Y).reshape(len(o), -1).sum(1)).sum()
         value = entries - (L * o).sum()
-        best = max(best, -float(value))
+        best = max(best, -float(value.detach()))
         value.backward()
         return value
 
@@ -718,7 +718,7 @@ def test_canonical_blocks(case: Case) -> None:
     setting = make_setting(case)
     factors = random_units(setting.problem, 3)
     blocks = canonical_blocks(setting.problem.components, factors)
-    plain = sum(plain_units(setting, factors), [])
+    plain = plain_units(setting, factors)[0]
     order = [(k, gate) for k in range(len(plain)) for gate in setting.problem.gates_of(k)]
     assert [(block.group, block.gate_index) for block in blocks] == order
     for block, (k, gate) in zip(blocks, order, strict=True):

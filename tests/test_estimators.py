@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.base import clone
@@ -169,8 +169,8 @@ def test_data_frames() -> None:
     """Column names are remembered and compared; a pyarrow table is what every environment of the tests has."""
     X, y = planted(s=1)
 
-    def frame(names: str) -> pyarrow.Table:
-        return pyarrow.table({name: X[:, 0, i] for i, name in enumerate(names)})
+    def frame(names: str) -> pa.Table:
+        return pa.table({name: X[:, 0, i] for i, name in enumerate(names)})
 
     model = ConvexHeadClassifier(head="mlp").fit(frame("abcd"), y)
     assert list(model.feature_names_in_) == list("abcd")

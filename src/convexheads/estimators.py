@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -91,7 +92,7 @@ class _ConvexHeadEstimator(BaseEstimator):
             value = getattr(self, name)
             if value is None and none:
                 return
-            good = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
+            good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not good or value > high or value < low or (value == low and not closed):
                 sign = ">=" if closed else ">"
                 top = "" if high == np.inf else f" and <= {high:g}"

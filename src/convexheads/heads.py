@@ -305,7 +305,7 @@ class ConvexHead(nn.Module):
         for view, groups in zip(self.views, self.branches, strict=True):
             tokens = view(X)
             # Groups write consecutive outputs: concatenating them is the whole branch.
-            part = torch.cat([group(tokens) for group in groups], -1)
+            part = torch.cat([group(tokens) for group in groups], -1)  # type: ignore[attr-defined]
             total = part if total is None else total + part
         assert total is not None
         return total if self.intercept is None else total + self.intercept

@@ -27,7 +27,9 @@ class TokenRows:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        part = torch.as_tensor(np.ascontiguousarray(np.asarray(self.source[index])))
+        array = np.ascontiguousarray(np.asarray(self.source[index]))
+        # A tensor must not share the memory of a read-only map.
+        part = torch.from_numpy(array if array.flags.writeable else array.copy())
         if part.dtype not in (torch.float32, torch.float64):
             part = part.float()
         return part if part.ndim == 3 else part[:, None]

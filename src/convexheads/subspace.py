@@ -52,7 +52,8 @@ class BlockSubspace:
         sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative.
         """
         problem = self.problem
-        if self._forming_is_cheap(size, rounds):
+        forming, searching = self.work(size, rounds)
+        if forming <= searching:
             return self._dense_pairs(L, size, rounds, tol)
         searches = [
             _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
@@ -86,14 +87,14 @@ class BlockSubspace:
             ]
         return best, pairs, ridge
 
-    def _forming_is_cheap(self, size: int, rounds: int) -> bool:
-        """Whether forming every Gamma costs less than a matrix-free search."""
+    def work(self, size: int, rounds: int) -> tuple[int, int]:
+        """Multiplications a sample, about, of forming every Gamma and of a matrix-free search."""
         parts = [c for c in self.problem.components if not c.ridge]
         forming = sum(c.p * c.q * c.n_gates for c in parts)
         # A search is 2 * rounds thin products with everything a unit touches; thin products run at a fraction of the
         # speed of wide ones.
         searching = sum(2 * rounds * size * c.n_gates * 4 * (c.form.unit_work + c.q) for c in parts)
-        return forming <= searching
+        return forming, searching
 
     def _dense_pairs(self, L: Tensor, size: int, rounds: int, tol: float) -> tuple[float, list[SingularPair], float]:
         """The same from explicit matrices, one block at a time."""

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_output(parser, "the table")
     add_rows(parser)
     common.add_preprocessing(parser, DEFAULTS)
-    common.add_validation(parser, "0.3,0.1,0.03,0.01,0.003,0.001", 1)
+    common.add_validation(parser, "0.3,0.1,0.05,0.025,0.0125,0.006,0.003", 1)
     common.add_computation(parser)
 
 
@@ -101,7 +101,7 @@ def add_rows(parser: argparse.ArgumentParser, gates: int = 16) -> None:
     group = parser.add_argument_group("heads")
     group.add_argument(
         "--heads",
-        type=_names((*common.HEADS, PEER)),
+        type=names_of_heads,
         default=(*common.HEADS, PEER),
         metavar="NAME,NAME,...",
         help=f"some of {', '.join(common.HEADS)}, and {PEER} (scikit-learn's, on the mean token; not certified) "
@@ -109,7 +109,7 @@ def add_rows(parser: argparse.ArgumentParser, gates: int = 16) -> None:
     )
     group.add_argument(
         "--activations",
-        type=_names(common.ACTIVATIONS),
+        type=_names_of_activations,
         default=common.ACTIVATIONS,
         metavar="NAME,...",
         help="linear, gated_relu (default: both)",
@@ -140,15 +140,21 @@ def add_rows(parser: argparse.ArgumentParser, gates: int = 16) -> None:
     )
 
 
-def _names(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(known)}")
-        return names
+def names_of_heads(text: str) -> tuple[str, ...]:
+    """Heads, and the peer, separated by commas (for argparse)."""
+    return _names(text, (*common.HEADS, PEER))
 
-    return parse
+
+def _names_of_activations(text: str) -> tuple[str, ...]:
+    return _names(text, common.ACTIVATIONS)
+
+
+def _names(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gates", type=common.count, default=GATES, metavar="P", help="gates of gated_relu (default: %(default)s)"
     )
     parser.add_argument(
-        "--heads", metavar="NAME,...", help="only some heads, as for `convexheads compare` (default: all)"
+        "--heads",
+        type=compare.names_of_heads,
+        metavar="NAME,...",
+        help="only some heads, as for `convexheads compare` (default: all)",
     )
     parser.add_argument(
         "--tol", type=common.positive, default=1e-3, help="certified relative gap (default: %(default)g)"
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     output.print(f"2. heads, {args.gates} gates each; beta chosen from the shares {RATIOS} of beta_max")
     options = [str(store), "--gates", str(args.gates), "--beta-ratios", RATIOS, "--tol", str(args.tol)]
-    options += ["--heads", args.heads] if args.heads else []
+    options += ["--heads", ",".join(args.heads)] if args.heads else []
     options += ["--quiet"] if args.quiet else []
     comparing = parsed(compare, options)
     train, test = common.open_train_test(comparing)

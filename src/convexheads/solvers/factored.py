@@ -332,14 +332,12 @@ class Factored:
         problem = self.problem
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
-        next_check, check_seconds, checked_at = 0, 0.0, time.perf_counter()
-        built_at, patience = -REBUILD, 2.0
+        next_check, built_at = 0, -REBUILD
         values: list[float] = []
         stalls = 0
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            if self.n_iter >= next_check and time.perf_counter() - checked_at >= patience * check_seconds:
-                began = time.perf_counter()
+            if self.n_iter >= next_check:
                 current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
                 self.report(bound.primal, bound.relative_gap, current.n_units)
@@ -358,10 +356,8 @@ class Factored:
                         built_at = -REBUILD
                         values.clear()
                 # Far from the tolerance a check seldom ends the solve.
-                patience = 2.0 if bound.relative_gap > 30 * self.tol else 1.0
-                checked_at = time.perf_counter()
-                check_seconds = checked_at - began
-                next_check = self.n_iter + 5
+                near = bound.relative_gap <= 30 * self.tol
+                next_check = self.n_iter + self.spacing(shapes, 1.0 if near else 2.0)
             if self.n_iter >= self.max_iter:
                 break
             if self.n_iter - built_at >= REBUILD:
@@ -374,7 +370,7 @@ class Factored:
             if moved:
                 continue
             stalls += 1
-            next_check, check_seconds, built_at = self.n_iter, 0.0, -REBUILD
+            next_check, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
                 self.problem = self.problem.in_dtype(torch.float64)
@@ -450,6 +446,19 @@ class Factored:
             chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
             units.append(_join(small, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
         return Factors(units, factors.intercept)
+
+    def spacing(self, factors: Factors, share: float) -> int:
+        """Iterations until the next check, so that they cost ``share`` times as much as it does.
+
+        By a count of multiplications, not by the clock: a solution must be a function of its inputs.
+        """
+        problem = self.problem
+        unit = [3 * c.form.unit_work + 6 * c.q for c in problem.components]
+        iteration = sum(len(units.v) * work for units, work in zip(factors.units, unit, strict=True))
+        forming, searching = self.subspace.work(6, 6)
+        # Losses, conjugates and the intercept's Newton steps, entry by entry.
+        check = min(forming, searching) + 2000 * problem.outputs
+        return max(5, min(40, math.ceil(share * check / max(1, iteration))))
 
     def stall(self, factors: Factors, bound: Certificate) -> float:
         """Decrease of the objective in ten iterations below which more units are called for.

@@ -138,9 +138,10 @@ class DenseComponent:
             Z.index_add_(0, gate.to(Z.device), outer.to(Z.device))
         return Z.to(self.F.device) / self.scale[:, None, None]
 
-    def shift(self, Z: Tensor) -> Tensor | None:
+    def shift(self, Z: Tensor) -> Tensor:
         """What centring moved from the outputs into the intercept: mean^T Z, (c of this component,)."""
-        return None if self.mean is None else self.mean @ (Z * self.scale[:, None, None]).view(-1, self.c)
+        assert self.mean is not None
+        return self.mean @ (Z * self.scale[:, None, None]).view(-1, self.c)
 
 
 def _spectral_norm(F: Tensor, steps: int = 30) -> float:
@@ -178,8 +179,8 @@ class Fista:
             x = [c.dense(units) for c, units in zip(self.components, factors.units, strict=True)]
             b = factors.intercept
         if problem.fit_intercept:
-            b = torch.zeros(problem.outputs, dtype=torch.float64) if b is None else b.double().clone()
-            b = b.to(problem.device)
+            start = torch.zeros(problem.outputs, dtype=torch.float64) if b is None else b.double().clone()
+            b = start.to(problem.device)
             for c, Z in zip(self.components, x, strict=True):
                 b[c.outputs] += c.shift(Z)
             x.append(b / self.one)
