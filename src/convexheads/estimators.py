@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
 
+from convexheads.architectures import architecture_class
 from convexheads.errors import InputError, NotConvergedWarning, describe
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
 from convexheads.inputs import TokenRows, as_tokens
@@ -43,10 +44,28 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise InputError(
-            "device: " + describe(repr(device), "None, 'auto' or a torch device such as 'cuda'")
+            "device: "
+            + describe(
+                f"{device!r}, which cannot be used here ({reason})",
+                "None, 'auto' or a torch device such as 'cuda'",
+                "'auto' takes an accelerator where there is one.",
+            )
+        ) from error
+    return found
+
+
+def random_generator(random_state: Any) -> np.random.RandomState:
+    """The generator of a ``random_state`` in scikit-learn's sense."""
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise InputError(
+            "random_state: " + describe(repr(random_state), "None, an integer >= 0 or a numpy.random.RandomState")
         ) from error
 
 
@@ -80,6 +99,16 @@ class _ConvexHeadEstimator(BaseEstimator):
             elif isinstance(head, Mapping):
                 if "head" not in head:
                     raise InputError("head: " + describe(f"options {dict(head)}", "a key 'head' with the head's name"))
+                for name in ("grid", "n_blocks"):
+                    if head.get(name) is not None and name not in architecture_class(head["head"]).options:
+                        raise InputError(
+                            "head: "
+                            + describe(
+                                f"the option {name!r} for the head {head['head']!r}, which has no use for it",
+                                f"options of {head['head']!r} only",
+                                f"Leave {name!r} out.",
+                            )
+                        )
                 found.append({**common, **head})
             else:
                 raise InputError(
@@ -88,32 +117,42 @@ class _ConvexHeadEstimator(BaseEstimator):
         return found
 
     def _check_parameters(self) -> None:
-        def number(name: str, low: float, high: float = np.inf, *, none: bool = False, closed: bool = False) -> None:
+        def number(name: str, *, above: float = 0.0, below: float = math.inf, none: bool = False) -> None:
             value = getattr(self, name)
             if value is None and none:
                 return
             good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or value > high or value < low or (value == low and not closed):
-                sign = ">=" if closed else ">"
-                top = "" if high == np.inf else f" and <= {high:g}"
+            if not good or not above < value < below:
+                top = "" if below == math.inf else f" and < {below:g}"
                 extra = ", or None" if none else ""
-                raise InputError(f"{name}: " + describe(repr(value), f"a number {sign} {low:g}{top}{extra}"))
+                raise InputError(f"{name}: " + describe(repr(value), f"a number > {above:g}{top}{extra}"))
 
-        number("beta", 0.0, none=True)
-        number("beta_ratio", 0.0)
-        number("tol", 0.0)
-        number("max_iter", 1, closed=True)
-        number("max_rank", 1, none=True, closed=True)
-        if self.pooling not in ("mean", None):
+        def count(name: str, *, none: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and none:
+                return
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}: " + describe(repr(value), "an integer >= 1" + (", or None" if none else "")))
+
+        number("beta", none=True)
+        number("beta_ratio")
+        number("tol")
+        count("max_iter")
+        count("max_rank", none=True)
+        if self.pooling is not None and not (isinstance(self.pooling, str) and self.pooling == "mean"):
             raise InputError("pooling: " + describe(repr(self.pooling), "'mean', or None for token-level outputs"))
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
+        if not isinstance(self.fit_intercept, (bool, np.bool_)):
+            raise InputError("fit_intercept: " + describe(repr(self.fit_intercept), "True or False"))
         solver_function(self.solver)
+        random_generator(self.random_state)
+        resolve_device(self.device)
 
     def _build(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str) -> tuple[Problem, list[Branch]]:
         """The problem for checked targets (n[, s], c) and sample weights (n,) that sum to one; beta is left at 1."""
         tokens = as_tokens(X)
-        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
+        rng = np.random.default_rng(random_generator(self.random_state).randint(2**31 - 1))
         branches: list[Branch] = []
         rows: list[Rows] = []
         auto_weight = []
@@ -122,6 +161,10 @@ class _ConvexHeadEstimator(BaseEstimator):
             view = options.get("view")
             own: torch.Tensor | TokenRows = tokens
             if view is not None:
+                if not hasattr(view, "get_params") or not hasattr(view, "transform"):
+                    raise InputError(
+                        "view: " + describe(type(view).__name__, "a transform, such as those of convexheads.tokens")
+                    )
                 view = clone(view).fit(X)
                 own = as_tokens(view.transform(X))
                 options["view"] = view
@@ -167,7 +210,7 @@ class _ConvexHeadEstimator(BaseEstimator):
         beta = self.beta if self.beta is not None else self.beta_ratio * self.beta_max_
         # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
         problem = problem.with_beta(float(beta) if beta > 0 else float(self.beta_ratio))
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = int(random_generator(self.random_state).randint(2**31 - 1))
         solution = solver_function(self.solver)(
             problem,
             tol=float(self.tol),
@@ -292,11 +335,21 @@ class _ConvexHeadEstimator(BaseEstimator):
         if sample_weight is None:
             weights = np.ones(n)
         else:
-            weights = _check_sample_weight(sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True)
+            try:
+                weights = _check_sample_weight(
+                    sample_weight, np.empty((n, 1)), dtype=np.float64, ensure_non_negative=True
+                )
+            except ValueError as error:
+                reason = str(error).rstrip(".!")
+                raise InputError(
+                    "sample_weight: " + describe(f"unusable weights ({reason})", f"({n},) finite weights >= 0")
+                ) from error
         if extra is not None:
             weights = weights * extra
         if not weights.sum() > 0:
-            raise InputError("sample_weight: " + describe("weights that are all zero", "a positive sum"))
+            raise InputError(
+                "sample_weight: " + describe("weights that are all zero, class weights included", "a positive sum")
+            )
         return weights / weights.sum()
 
     # Saving -----------------------------------------------------------------------------------------------
@@ -492,24 +545,42 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
         if y.dtype.kind == "f" and not np.isfinite(y).all():
             raise InputError("y: " + describe("NaN or infinity (inf)", "one finite label for every sample"))
-        if len(y) != shape[0] or y.ndim == 0:
-            raise InputError("y: " + describe(f"{len(y)} labels", f"n = {shape[0]}, one for every sample of X"))
-        if not 0 <= self.label_smoothing < 1:
+        if y.ndim == 0 or len(y) != shape[0]:
+            got = f"{len(y)} labels" if y.ndim else f"one label, {y.item()!r}"
+            raise InputError("y: " + describe(got, f"n = {shape[0]}, one for every sample of X"))
+        smoothing = self.label_smoothing
+        if not isinstance(smoothing, Real) or isinstance(smoothing, bool) or not 0 <= smoothing < 1:
             raise InputError("label_smoothing: " + describe(repr(self.label_smoothing), "a number in [0, 1)"))
         targets, loss, per_sample = self._targets(y, shape)
         extra = None
         if self.class_weight is not None:
             if per_sample is None:
                 raise InputError("class_weight: " + describe("soft or several labels", "one hard label a sample"))
-            extra = compute_sample_weight(self.class_weight, self.classes_[per_sample])
+            extra = self._class_weights(per_sample)
         weights = self._sample_weights(sample_weight, X, shape[0], extra)
         if self.label_smoothing:
             eps, c = float(self.label_smoothing), targets.shape[-1]
             targets = (1 - eps) * targets + (eps / c if loss == "cross_entropy" else eps / 2)
         return targets, weights, loss
 
+    def _class_weights(self, per_sample: np.ndarray) -> np.ndarray:
+        """The weight of every sample's class (n,)."""
+        try:
+            weights = compute_sample_weight(self.class_weight, self.classes_[per_sample])
+        except ValueError as error:
+            raise InputError(
+                "class_weight: "
+                + describe(
+                    f"{self.class_weight!r} ({error})",
+                    f"None, 'balanced' or a dict from classes to weights, classes among {self.classes_.tolist()}",
+                )
+            ) from error
+        if not np.isfinite(weights).all() or weights.min() < 0:
+            raise InputError("class_weight: " + describe(repr(self.class_weight), "finite weights >= 0"))
+        return weights
+
     def _targets(self, y: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str, np.ndarray | None]:
-        if self.loss not in ("auto", "cross_entropy", "multilabel_logistic"):
+        if not isinstance(self.loss, str) or self.loss not in ("auto", "cross_entropy", "multilabel_logistic"):
             raise InputError("loss: " + describe(repr(self.loss), "'auto', 'cross_entropy' or 'multilabel_logistic'"))
         token_level = self.pooling is None
         label_ndim = 2 if token_level else 1
@@ -519,31 +590,45 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         if y.ndim == label_ndim and self.loss != "multilabel_logistic":
             if token_level and y.shape[1] != shape[1]:
                 raise InputError("y: " + describe(f"{y.shape[1]} labels a sample", f"s = {shape[1]}, one a token"))
-            check_classification_targets(y.reshape(-1))
+            try:
+                check_classification_targets(y.reshape(-1))
+            except ValueError as error:
+                raise InputError(
+                    "y: "
+                    + describe(
+                        str(error).partition(". ")[0],
+                        "class labels: integers, strings or booleans, all of one kind",
+                        "Use ConvexHeadRegressor for numbers to predict.",
+                    )
+                ) from error
             encoder = LabelEncoder().fit(y.reshape(-1))
             self.classes_ = encoder.classes_
             if len(self.classes_) < 2:
                 raise InputError(
                     "y: "
                     + describe(
-                        f"one class ({self.classes_[0]!r})",
+                        f"one class ({self.classes_.tolist()[0]!r})",
                         "at least 2 classes",
                         "The classifier needs samples of every class that it should tell apart.",
                     )
                 )
             index = encoder.transform(y.reshape(-1)).reshape(y.shape)
             return np.eye(len(self.classes_))[index], "cross_entropy", index if label_ndim == 1 else None
-        if y.ndim != label_ndim + 1 or y.dtype.kind not in "fiub":
+        wanted = (
+            f"labels {'(n, s)' if token_level else '(n,)'}, or soft labels or 0/1 indicators "
+            f"{'(n, s, c)' if token_level else '(n, c)'} with values in [0, 1]"
+        )
+        if y.ndim != label_ndim + 1 or y.dtype.kind not in "fiub" or 0 in y.shape:
             raise InputError(
-                "y: "
-                + describe(
-                    f"shape {y.shape} of dtype {y.dtype}",
-                    f"labels ({'n, s' if token_level else 'n'},), soft labels or 0/1 indicators with a last axis c",
-                )
+                "y: " + describe(f"shape {y.shape} of dtype {y.dtype} for pooling={self.pooling!r}", wanted)
             )
+        if token_level and y.shape[1] != shape[1]:
+            raise InputError("y: " + describe(f"{y.shape[1]} labels a sample", f"s = {shape[1]}, one a token"))
         values = y.astype(np.float64)
         if values.min() < 0 or values.max() > 1:
-            raise InputError("y: " + describe(f"values in [{values.min():g}, {values.max():g}]", "values in [0, 1]"))
+            raise InputError(
+                "y: " + describe(f"shape {y.shape} with values in [{values.min():g}, {values.max():g}]", wanted)
+            )
         self.classes_ = np.arange(y.shape[-1])
         indicator = type_of_target(y.reshape(-1, y.shape[-1])) == "multilabel-indicator"
         sums = np.allclose(values.sum(-1), 1.0, atol=1e-6)
@@ -648,14 +733,21 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
             raise InputError("y: requires y to be passed, but the target y is None. Give one value a sample")
         shape = self._remember_input(X)
         y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        if np.iscomplexobj(y):
+            raise InputError("y: " + describe("complex values", "real values"))
         try:
             values = y.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError("y: " + describe(f"dtype {y.dtype}", "numbers")) from error
-        if np.iscomplexobj(y) or not np.isfinite(values).all():
-            raise InputError("y: " + describe("NaN, infinity (inf) or complex values", "finite real values"))
-        if len(y) != shape[0] or y.ndim == 0:
-            raise InputError("y: " + describe(f"{len(y)} targets", f"n = {shape[0]}, one for every sample of X"))
+            raise InputError(
+                "y: " + describe(f"dtype {y.dtype}", "numbers", "Use ConvexHeadClassifier for labels.")
+            ) from error
+        if not np.isfinite(values).all():
+            raise InputError("y: " + describe("NaN or infinity (inf)", "finite values"))
+        if y.ndim == 0 or len(y) != shape[0]:
+            got = f"{len(y)} targets" if y.ndim else f"one target, {y.item()!r}"
+            raise InputError("y: " + describe(got, f"n = {shape[0]}, one for every sample of X"))
+        if 0 in y.shape:
+            raise InputError("y: " + describe(f"shape {y.shape}", "at least one value a sample"))
         token_level = self.pooling is None
         if token_level and (y.ndim != 3 or y.shape[1] != shape[1]):
             raise InputError("y: " + describe(f"shape {y.shape}", f"(n, s, c) with s = {shape[1]} for pooling=None"))

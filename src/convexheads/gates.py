@@ -65,6 +65,8 @@ def resolve_gates(
     resolved: list[Tensor | None] = []
     for group in grouped:
         try:
+            if any(np.iscomplexobj(gate) for gate in group):
+                raise ValueError("complex numbers")
             found = np.stack([np.asarray(gate, dtype=np.float64) for gate in group])
         except (TypeError, ValueError) as error:
             raise InputError(

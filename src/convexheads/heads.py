@@ -106,7 +106,7 @@ def make_branch(
         raise InputError("head: " + describe(f"unknown options {unknown}", f"some of {list(HEAD_OPTIONS)}"))
     cls = architecture_class(options["head"])
     activation = options.get("activation", "linear")
-    if activation == "relu":
+    if isinstance(activation, str) and activation == "relu":
         raise InputError(
             "activation: "
             + describe(
@@ -115,7 +115,7 @@ def make_branch(
                 "'gated_relu' solves the same network with fixed masks, to certified optimality.",
             )
         )
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError("activation: " + describe(repr(activation), "one of " + ", ".join(ACTIVATIONS)))
     if cls.ridge:
         activation = "linear"
@@ -147,12 +147,12 @@ def make_branch(
 
 def _pair(grid: Any) -> tuple[int, int]:
     try:
-        h, w = (int(size) for size in grid)
+        h, w = grid
     except (TypeError, ValueError) as error:
         raise InputError("grid: " + describe(repr(grid), "a pair of integers (h, w), or None")) from error
-    if h < 1 or w < 1:
-        raise InputError("grid: " + describe(repr(grid), "positive sizes (h, w)"))
-    return h, w
+    if not all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1 for size in (h, w)):
+        raise InputError("grid: " + describe(repr(grid), "a pair of integers (h, w) >= 1, or None"))
+    return int(h), int(w)
 
 
 @dataclass(frozen=True)

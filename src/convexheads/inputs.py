@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_array
 from convexheads.errors import InputError, describe
 
 CHECK_ROWS = 4096
+_EXPECTED = "tokens (n, s, d): samples, tokens, features; or (n, d) for one token a sample"
 
 
 class TokenRows:
@@ -81,14 +82,29 @@ def as_tokens(X: Any, keep_lazy: bool = True) -> torch.Tensor | TokenRows:
     else:
         if _is_store(X):
             X = np.asarray(X)
-        array = check_array(
-            X, allow_nd=True, dtype=[np.float64, np.float32], ensure_min_samples=1, ensure_all_finite=False
-        )
-        _check_shape(array.shape)
+        array = _as_array(X)
         array = np.ascontiguousarray(array)
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         check_finite(tensor)
     return tensor if tensor.ndim == 3 else tensor[:, None]
+
+
+def _as_array(X: Any) -> np.ndarray:
+    """A float32 or float64 array of what numpy can make one of."""
+    if isinstance(X, np.ndarray):
+        _check_shape(X.shape)
+    if hasattr(X, "tocsr"):
+        raise InputError("X: " + describe("sparse data", "a dense array of tokens", "Convert it with X.toarray()."))
+    try:
+        array = check_array(
+            X, allow_nd=True, dtype=[np.float64, np.float32], ensure_2d=False, ensure_min_samples=0,
+            ensure_min_features=0, ensure_all_finite=False,
+        )  # fmt: skip
+    except ValueError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError("X: " + describe(f"something that is no array of numbers ({reason})", _EXPECTED)) from error
+    _check_shape(array.shape)
+    return array
 
 
 def _is_store(X: Any) -> bool:
@@ -112,8 +128,9 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         raise InputError(
             "X: "
             + describe(
-                f"{len(shape)} dimensions, shape {shape}",
-                "tokens (n, s, d): samples, tokens, features; or (n, d) for one token a sample",
+                f"{len(shape)} dimensions, shape {tuple(shape)}",
+                _EXPECTED,
+                "Reshape your data; a single sample is X[None].",
             )
         )
     if 0 in shape:

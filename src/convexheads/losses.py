@@ -29,7 +29,7 @@ def register(cls: type[Loss]) -> type[Loss]:
 
 def make_loss(name: str) -> Loss:
     """The loss registered under ``name``; raises InputError for an unknown one."""
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise InputError("loss: " + describe(repr(name), "one of " + ", ".join(sorted(LOSSES))))
     return LOSSES[name]()
 

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from convexheads.errors import InputError, describe
 from convexheads.problem import Problem
 from convexheads.solvers import Solution, solver_function
-from convexheads.types import Factors
+from convexheads.types import Factors, Units
 
 DEFAULT_RATIOS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
@@ -80,6 +82,27 @@ def check_ratios(ratios: Any) -> tuple[float, ...]:
     return tuple(sorted(set(found), reverse=True))
 
 
+def empty_factors(problem: Problem) -> Factors:
+    """No unit at all, a ridge branch of zeros, and the best intercept: the solution at beta_max."""
+    units = []
+    for component in problem.components:
+        rows = 1 if component.ridge else 0
+        v = torch.zeros(rows, component.form.value_width, component.width, dtype=problem.dtype, device=problem.device)
+        if component.ridge:
+            units.append(Units(None, v))
+            continue
+        gate = None if component.gates is None else torch.zeros(0, dtype=torch.long, device=problem.device)
+        units.append(Units(v.new_zeros(0, *component.form.u_shape), v, gate))
+    _, intercept = problem.null_outputs()
+    return Factors(units, None if intercept is None else intercept.to(problem.dtype))
+
+
+def rank_of(factors: Factors) -> int:
+    """Number of units; a ridge branch counts the rank of its weight matrix, as in the estimators."""
+    ridge = [int(torch.linalg.matrix_rank(units.v[0].double())) for units in factors.units if units.u is None]
+    return factors.n_units + sum(ridge)
+
+
 def walk_path(
     problem: Problem,
     beta_max: float,
@@ -112,7 +135,8 @@ def walk_path(
     """
     solve = solver_function(solver)
     path = Path()
-    start: Factors | None = None
+    # The solution at beta_max, from which the first beta is reached with few units.
+    start = empty_factors(problem)
     below = 0
     for ratio in check_ratios(ratios):
         began = time.perf_counter()
@@ -136,7 +160,7 @@ def walk_path(
             loss,
             certificate.primal,
             certificate.relative_gap,
-            solution.factors.n_units,
+            rank_of(solution.factors),
             time.perf_counter() - began,
         )
         path.steps.append(step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,17 @@ from convexheads.types import Factors, Units
 
 FORMAT = 1
 KEY = "convexheads"
+CHECKSUM = "sha256"
 FITTED = ("beta_", "beta_max_", "n_iter_", "history_", "message_", "loss_", "n_features_in_", "n_tokens_in_")
 CLASSES = {"ConvexHeadClassifier", "ConvexHeadRegressor"}
 """Names of the estimators that a file may name."""
 
 
 def _file(path: str | Path) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(
+            "path: " + describe(type(path).__name__, "the path of a model file, or of the folder it is in")
+        )
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
 
@@ -124,6 +131,7 @@ def save_estimator(estimator: Any, path: str | Path) -> None:
             header[name] = bool(getattr(estimator, name))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     target = _file(path)
+    header[CHECKSUM] = _checksum(header, contiguous)
     try:
         write_atomic(target, serialise(contiguous, metadata={KEY: json.dumps(header)}))
     except OSError as error:
@@ -134,7 +142,9 @@ def load_estimator(path: str | Path) -> Any:
     """Read an estimator; see :func:`convexheads.load`."""
     file = _file(path)
     if not file.exists():
-        raise DataError(f"{file}: " + describe("no such file", "a model written by save"))
+        raise DataError(
+            f"{file}: " + describe("no such file", "a model written by save", "Check the path, or fit and save one.")
+        )
     try:
         with safe_open(str(file), framework="np") as opened:
             header = json.loads((opened.metadata() or {})[KEY])
@@ -143,24 +153,50 @@ def load_estimator(path: str | Path) -> Any:
         raise DataError(
             f"{file}: "
             + describe(
-                f"a file that is truncated or not a convexheads model ({error})",
+                f"a file that is truncated or no convexheads model ({_reason(error)})",
                 "a model written by save",
                 "Save it again.",
             )
         ) from error
-    if header.get("format") != FORMAT or header.get("class") not in CLASSES:
+    kind = (header.get("format"), header.get("class")) if isinstance(header, dict) else (None, None)
+    if kind[0] != FORMAT or kind[1] not in CLASSES:
         raise DataError(
             f"{file}: "
             + describe(
-                f"format {header.get('format')} of class {header.get('class')!r}",
+                f"format {kind[0]} of class {kind[1]!r}",
                 f"format {FORMAT} of {sorted(CLASSES)}",
                 "It was written by another version.",
+            )
+        )
+    if header.pop(CHECKSUM, None) != _checksum(header, arrays):
+        raise DataError(
+            f"{file}: "
+            + describe(
+                "content that does not match its checksum", "the bytes that save wrote", "Copy or save it again."
             )
         )
     try:
         return _rebuild(header, arrays)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: " + describe(f"a header that does not fit ({error})", "a whole model")) from error
+        raise DataError(
+            f"{file}: "
+            + describe(f"a model whose parts do not fit ({_reason(error)})", "a whole model", "Save it again.")
+        ) from error
+
+
+def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of everything in a file."""
+    sha = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    # The text of a KeyError is the bare key.
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _rebuild(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
@@ -187,18 +223,20 @@ def _rebuild(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
         branches.append(Branch(**{**config, "grid": grid}, gates=gates, view=view))
     units = []
     for k in range(header["n_components"]):
-        u, v, gate = (arrays.get(f"units.{k}.{name}") for name in ("u", "v", "gate"))
+        u, v, gate = arrays.get(f"units.{k}.u"), arrays[f"units.{k}.v"], arrays.get(f"units.{k}.gate")
         units.append(
             Units(
                 None if u is None else torch.from_numpy(u.copy()),
-                torch.from_numpy(np.array(v)),
+                torch.from_numpy(v.copy()),
                 None if gate is None else torch.from_numpy(gate.copy()),
             )
         )
     intercept = arrays.get("intercept")
     estimator._precision = estimators.DTYPES[header["precision"]]
     estimator._branches = branches
-    estimator._factors = Factors(units, None if intercept is None else torch.from_numpy(intercept.copy()))
+    factors = Factors(units, None if intercept is None else torch.from_numpy(intercept.copy()))
+    # Raises where units and heads do not belong together.
+    estimator._factors = estimators.initial_factors(factors, branches)
     for name in ("classes_", "feature_names_in_"):
         if name in header:
             setattr(estimator, name, np.array(header[name]["values"], dtype=header[name]["dtype"]))

@@ -36,7 +36,7 @@ def register(cls: type[Architecture]) -> type[Architecture]:
 
 def architecture_class(name: str) -> type[Architecture]:
     """The architecture registered under ``name``; raises InputError for an unknown one."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError("head: " + describe(repr(name), "one of " + ", ".join(sorted(ARCHITECTURES))))
     return ARCHITECTURES[name]
 

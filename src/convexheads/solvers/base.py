@@ -48,6 +48,6 @@ def register(name: str) -> Callable[[Solver], Solver]:
 
 def solver_function(name: str) -> Solver:
     """The solver registered under ``name``; raises InputError for an unknown one."""
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise InputError("solver: " + describe(repr(name), "one of " + ", ".join(sorted(SOLVERS))))
     return SOLVERS[name]

@@ -385,7 +385,7 @@ class Factored:
         """Random units, brought near the optimum by epochs of Adam where there are many samples."""
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
-        if problem.n < WARMUP_SAMPLES:
+        if problem.n < WARMUP_SAMPLES or not start.n_units:
             return start
         norm = start_scale(problem, start.n_units)
 
@@ -469,6 +469,12 @@ class Factored:
         used, _ = canonical(self.problem, factors, IDLE * bound.gap)
         return (STALL_FULL if used.n_units >= 0.95 * factors.n_units else STALL_IDLE) * bound.gap
 
+    def full(self, factors: Factors, pair: SingularPair) -> bool:
+        """Whether the pair's block has all the units there can be: then no stall is possible."""
+        component, units = self.problem.components[pair.component], factors.units[pair.component]
+        own = len(units.v) if units.gate is None else int((units.gate == pair.gate).sum())
+        return own >= min(component.p, component.q)
+
     def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
         """More units, up to half as many again, along the singular vectors that lie above beta."""
         room = LARGEST_GROWTH
@@ -483,6 +489,7 @@ class Factored:
         # Pairs that are hardly above beta cost units and close nothing.
         least = self.problem.beta * (1.0 + 0.1 * self.tol)
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
+        wanted = [p for p in wanted if not self.full(factors, p)]
         wanted = sorted(wanted, key=lambda pair: -pair.sigma)[: max(0, room)]
         return self.add_units(factors, wanted) if wanted else None
 
@@ -546,6 +553,6 @@ def solve_factored(
     state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
     if init is None:
         return state.run(state.first_guess(initial_units(problem, max_rank)))
-    if problem.n >= WARMUP_SAMPLES:
+    if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):
         return state.run(state.second_guess(init))
     return state.run(init, warm=True)
