@@ -43,19 +43,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cpu")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "None, 'auto' or a torch device such as 'cuda'"
     try:
         found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError("device: " + describe(repr(device), expected)) from error
+    try:
         torch.empty(1, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
-        raise InputError(
-            "device: "
-            + describe(
-                f"{device!r}, which cannot be used here ({reason})",
-                "None, 'auto' or a torch device such as 'cuda'",
-                "'auto' takes an accelerator where there is one.",
-            )
-        ) from error
+        got = f"{device!r}, which cannot be used here ({reason})"
+        fix = "'auto' takes an accelerator where there is one."
+        raise InputError("device: " + describe(got, expected, fix)) from error
     return found
 
 

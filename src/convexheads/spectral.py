@@ -32,7 +32,16 @@ def _gram(gamma: Tensor) -> Tensor:
 
 def proves_bound(gamma: Tensor, tau: float) -> bool:
     """True if every singular value of ``gamma`` (p, q), float64, is proved to be below ``tau``."""
+    if not (0.0 < tau < math.inf and bool(torch.isfinite(gamma).all())):
+        return False
+    exponent = _exponent(max(tau, float(gamma.abs().max())))
+    gamma, tau = gamma * 2.0**-exponent, tau * 2.0**-exponent
     return _proves(_gram(gamma), max(gamma.shape), float(gamma.square().sum()), tau)
+
+
+def _exponent(size: float) -> int:
+    """The power of two next to ``size``: divided by it, squares neither overflow nor underflow, and nothing rounds."""
+    return max(-1000, min(1000, math.frexp(size)[1]))
 
 
 def _proves(gram: Tensor, inner: int, frobenius: float, tau: float) -> bool:
@@ -55,12 +64,23 @@ def largest_singular_value(gamma: Tensor) -> Interval:
     (more where Gamma has a flat spectrum). Beyond, it is the randomised Lanczos bound of :func:`lanczos_bound`.
     """
     gamma = gamma.double()
-    frobenius = float(gamma.square().sum())
-    if frobenius == 0.0:
+    peak = float(gamma.abs().max()) if gamma.numel() else 0.0
+    if peak == 0.0:
         return Interval(0.0, 0.0, "zero matrix", True)
+    if not math.isfinite(peak):
+        raise ValueError("NaN or infinity in a matrix whose singular values are to be bounded")
+    exponent = _exponent(peak)
+    found = _scaled_bounds(gamma * 2.0**-exponent)
+    # Exact but below the normal numbers, where the next number up makes good for it.
+    upper = math.nextafter(found.upper * 2.0**exponent, math.inf)
+    return Interval(min(found.lower * 2.0**exponent, upper), upper, found.method, found.proved)
+
+
+def _scaled_bounds(gamma: Tensor) -> Interval:
     k = min(gamma.shape)
     if k > PROOF_SIZE:
         return lanczos_bound(gamma)
+    frobenius = float(gamma.square().sum())
     gram = _gram(gamma)
     lower, _ = _top_eigenvalue(gram)
     lower = math.sqrt(max(lower, 0.0)) * (1 - 4 * EPS)

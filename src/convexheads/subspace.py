@@ -214,15 +214,15 @@ class _BlockSearch:
 def beta_max(problem: Problem) -> float:
     """Smallest beta for which the empty head is optimal: max_g sigma_max(A_g^* grad f(O_0)) / w_g.
 
-    A head of ridge branches only has no such beta; then the beta is returned at which the outputs of its first-order
-    solution W = -A^* grad f(O_0) / beta have a root mean square of one, which scales in the same way.
+    A head of ridge branches only has no such beta; then that of :func:`ridge_scale` is returned, which scales with
+    tokens and loss as a ridge penalty does.
     """
     O, _ = problem.null_outputs()
     targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
     L = problem.loss.gradient(O, targets, weights)
     nuclear = [k for k, component in enumerate(problem.components) if not component.ridge]
     if not nuclear:
-        return max(ridge_scale(problem, L, k) / c.weight for k, c in enumerate(problem.components))
+        return max(ridge_scale(problem, k) / c.weight for k, c in enumerate(problem.components))
     work = sum(
         2.0 * problem.n * problem.components[k].p * problem.components[k].q * problem.components[k].n_gates
         for k in nuclear
@@ -238,7 +238,7 @@ def branch_scale(problem: Problem, branch: int) -> float:
     O, _ = problem.null_outputs()
     L = problem.loss.gradient(O, *problem.targets_of(slice(0, problem.n), torch.float64))
     own = [k for k, component in enumerate(problem.components) if component.branch == branch]
-    return max((ridge_scale if problem.components[k].ridge else block_scale)(problem, L, k) for k in own)
+    return max(ridge_scale(problem, k) if problem.components[k].ridge else block_scale(problem, L, k) for k in own)
 
 
 def block_scale(problem: Problem, L: Tensor, k: int) -> float:
@@ -246,15 +246,28 @@ def block_scale(problem: Problem, L: Tensor, k: int) -> float:
     return max(largest_singular_value(problem.gamma(L, k, g)).lower for g in problem.gates_of(k))
 
 
-def ridge_scale(problem: Problem, L: Tensor, k: int) -> float:
-    """Root mean square of A A^* L, the outputs of a unit gradient step of a ridge component."""
+def ridge_scale(problem: Problem, k: int) -> float:
+    """Ten times the mean eigenvalue of the loss curvature in the weights of a ridge component, at the empty head.
+
+    A ridge head is never empty; at this beta an average direction of its features keeps about a tenth of its
+    unpenalised size, which is as near to the empty head as beta_max brings the others. With an intercept the features
+    count from their mean.
+    """
     component = problem.components[k]
-    gradient = problem.gamma(L, k, None)
-    # Weighted, so that a weight of two is a row given twice.
-    total, width = 0.0, component.width * (1 if component.form.pooled else component.form.tokens)
+    O, _ = problem.null_outputs()
+    targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
+    hessian = problem.loss.mean_hessian(O, targets, weights)[component.outputs, component.outputs]
+    width = component.form.value_width
+    empty = Units(None, torch.zeros(1, width, component.width, dtype=problem.dtype, device=problem.device))
+    first = torch.zeros(width, dtype=torch.float64, device=problem.device)
+    second = torch.zeros_like(first)
+    count = 0.0
     for index, stats in problem.chunks(problem.dtype, 1):
-        step = Units(None, gradient[None].to(problem.dtype))
-        rows = component.forward(component.features(stats[k], step), step.v).double()
-        squares = rows.square().view(index.stop - index.start, -1).sum(1)
-        total += float(squares @ problem.weights[index])
-    return (total / width) ** 0.5
+        features = component.features(stats[k], empty)[:, 0].double()
+        rows = weights[index].repeat_interleave(len(features) // max(1, len(weights[index])))
+        first += rows @ features
+        second += rows @ features.square()
+        count += float(rows.sum())
+    variance = second / count - (first / count).square() * float(problem.fit_intercept)
+    # mean_hessian sums over output tokens, as the second moments do: take the mean of one of them.
+    return max(0.0, 10.0 * float(variance.mean() * hessian.diagonal().mean()))
