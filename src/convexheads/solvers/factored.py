@@ -191,6 +191,25 @@ def _flat_inverse(inverse: Preconditioner, shapes: Factors) -> Callable[[Tensor]
     return lambda gradient: inverse.apply(shapes.like(gradient)).flat()
 
 
+def largest(factors: Factors, count: int) -> Factors:
+    """The ``count`` units of largest ||u|| ||v||, in their order; ridge branches are kept."""
+    sizes = [
+        units.v.new_zeros(0) if units.u is None else units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
+        for units in factors.units
+    ]
+    if sum(map(len, sizes)) <= count:
+        return factors
+    least = torch.cat(sizes).topk(count).values[-1]
+    found = []
+    for units, size in zip(factors.units, sizes, strict=True):
+        if units.u is None:
+            found.append(units)
+            continue
+        kept = (size >= least).nonzero()[:, 0]
+        found.append(Units(units.u[kept], units.v[kept], _pick(units.gate, kept)))
+    return Factors(found, factors.intercept)
+
+
 class Factored:
     """State of one solve."""
 
@@ -330,6 +349,8 @@ class Factored:
 
     def run(self, factors: Factors, warm: bool = False) -> Solution:
         problem = self.problem
+        if self.max_rank is not None:
+            factors = largest(factors, self.max_rank)
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
         next_check, built_at = 0, -REBUILD

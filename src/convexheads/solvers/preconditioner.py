@@ -79,7 +79,10 @@ class Preconditioner:
             for units in factors.units
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
-        u_blocks = [None if units.u is None else UBlocks(problem, k, units) for k, units in enumerate(factors.units)]
+        u_blocks = [
+            None if units.u is None or not len(units.u) else UBlocks(problem, k, units)
+            for k, units in enumerate(factors.units)
+        ]
         offset = 0
         rows_per_sample = 1
         strides = [1 if blocks is None else blocks.stride(len(index)) for blocks in u_blocks]
@@ -134,6 +137,9 @@ class Preconditioner:
         for units, inverses, blocks in zip(gradient.units, self.v_inverses, self.u_blocks, strict=True):
             flat = units.v.flatten(0, 1)
             sizes = [len(inverse.left_values) for inverse in inverses]
+            if not len(units.v):
+                found.append(units)
+                continue
             v = torch.cat([inverse(part) for inverse, part in zip(inverses, flat.split(sizes), strict=True)])
             u = None if blocks is None else blocks.apply(units.u)
             found.append(Units(u, v.view_as(units.v), units.gate))
@@ -153,7 +159,7 @@ class UBlocks:
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
         self.full = m * p <= FULL_SIZE
-        per = m if self.full else max(1, GROUP_SIZE // b)
+        per = max(1, m) if self.full else max(1, GROUP_SIZE // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
         like = units.u
         if self.full:
