@@ -123,6 +123,7 @@ class Case:
     c: int = 2
     gates: int = 3
     seed: int = 0
+    weight: float = 1.0
 
     def __str__(self) -> str:
         parts = [self.head, self.activation, "pooled" if self.pooled else "tokens"]
@@ -186,7 +187,8 @@ def make_setting(*heads: Case, beta: float = 0.1, uniform: bool = False) -> Sett
     rng = np.random.default_rng(first.seed)
     branches, tokens = [], []
     for case in heads:
-        branches.append(make_branch(case.options(), (case.s, case.d), first.c, first.pooled, rng))
+        options = {**case.options(), "weight": case.weight}
+        branches.append(make_branch(options, (case.s, case.d), first.c, first.pooled, rng))
         tokens.append(rng.normal(size=(first.n, case.s, case.d)))
     shape = (first.n, first.c) if first.pooled else (first.n, first.s, first.c)
     targets = make_targets(first.loss, shape, rng)

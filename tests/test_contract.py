@@ -50,13 +50,19 @@ every_head = pytest.mark.parametrize("case", SMALL, ids=str)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 every_solver = pytest.mark.parametrize("solver", sorted(SOLVERS))
 
+
+def sum_name(heads: Any) -> str:
+    """A readable test id for a sum of heads."""
+    return "+".join(map(str, heads)) if isinstance(heads, tuple) else str(heads)
+
+
 # A sum of two attention-like branches with gates, and one of a nuclear and a ridge branch on other tokens.
 SUMS = [
-    (Case("self_attention"), Case("mlp", "gated_relu"), Case("linear", s=1, d=5)),
-    (Case("fno", "gated_relu", False, (2, 3)), Case("linear", pooled=False)),
+    (Case("self_attention", weight=2.5), Case("mlp", "gated_relu", weight=0.4), Case("linear", s=1, d=5, weight=3.0)),
+    (Case("fno", "gated_relu", False, (2, 3)), Case("linear", pooled=False, weight=0.2)),
 ]
 SETTINGS = [(case,) for case in CASES] + SUMS
-every_setting = pytest.mark.parametrize("heads", SETTINGS, ids=lambda heads: "+".join(map(str, heads)))
+every_setting = pytest.mark.parametrize("heads", SETTINGS, ids=sum_name)
 
 
 def close(a: Any, b: Any, tol: float = 1e-10) -> None:
@@ -407,21 +413,26 @@ def test_the_domain_of_the_conjugate(name: str) -> None:
     Y = Y.clone()
     if name == "cross_entropy":
         Y[0] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    scales = []
+    for i in range(len(O)):
+        # One sample at a time: each has a border of its own.
+        y, one = Y[i : i + 1], torch.ones(1, dtype=torch.float64)
+        L = loss.gradient(O[i : i + 1], y, one)
+        largest = loss.max_scale(L, y, one)
+        scales.append(largest)
+        if not math.isfinite(largest):
+            assert name == "squared"
+            assert math.isfinite(loss.conjugate(100.0 * L, y, one))
+            continue
+        assert largest >= 1.0 - 1e-12
+        border = loss.conjugate(largest * L, y, one)
+        assert border == pytest.approx(loss.conjugate((1 - 1e-9) * largest * L, y, one), abs=1e-6)
+        # Ascent on <alpha L, o> - l(o) beyond the border: an optimiser runs away; before it, it does not.
+        before = 0.99 * largest * L
+        assert sup_along(loss, before, y, one) == pytest.approx(loss.conjugate(before, y, one), abs=1e-3)
+        assert sup_along(loss, 1.05 * largest * L, y, one) > border + 1.0
     L = loss.gradient(O, Y, a)
-    largest = loss.max_scale(L, Y, a)
-    assert largest >= 1.0 - 1e-12
-    if not math.isfinite(largest):
-        assert name == "squared"
-        assert math.isfinite(loss.conjugate(100.0 * L, Y, a))
-        return
-    border = loss.conjugate(largest * L, Y, a)
-    inside = loss.conjugate((1 - 1e-9) * largest * L, Y, a)
-    assert border == pytest.approx(inside, abs=1e-6)
-    # Ascent on <alpha L, o> - f(o) at 1.01 times the border: an optimiser runs away, at 0.99 it does not.
-    assert sup_along(loss, 0.99 * largest * L, Y, a) == pytest.approx(
-        loss.conjugate(0.99 * largest * L, Y, a), abs=1e-3
-    )
-    assert sup_along(loss, 1.05 * largest * L, Y, a) > border + 1.0
+    assert loss.max_scale(L, Y, a) == pytest.approx(min(scales), rel=1e-12)
 
 
 def sup_along(loss: Any, L: Tensor, Y: Tensor, a: Tensor) -> float:
@@ -488,9 +499,7 @@ def regularised(heads: tuple[Case, ...], ratio: float = 0.1) -> Setting:
 
 
 @every_solver
-@pytest.mark.parametrize(
-    "heads", [*SETTINGS, *((case,) for case in LOSS_CASES)], ids=lambda heads: "+".join(map(str, heads))
-)
+@pytest.mark.parametrize("heads", [*SETTINGS, *((case,) for case in LOSS_CASES)], ids=sum_name)
 def test_solutions_are_certified(heads: tuple[Case, ...], solver: str) -> None:
     setting = regularised(heads)
     problem = setting.problem
@@ -599,7 +608,7 @@ def optimum(problem: Problem) -> float:
     return polish(problem, solution).certificate.primal
 
 
-@pytest.mark.parametrize("heads", [*((case,) for case in SMALL), *((c,) for c in LOSS_CASES), *SUMS], ids=str)
+@pytest.mark.parametrize("heads", [*((case,) for case in SMALL), *((c,) for c in LOSS_CASES), *SUMS], ids=sum_name)
 def test_certificates_of_any_factors_are_sound(heads: tuple[Case, ...]) -> None:
     """gap >= primal - optimum and dual <= optimum, wherever the factors came from."""
     problem = regularised(heads).problem
@@ -621,24 +630,45 @@ def test_certificates_of_any_factors_are_sound(heads: tuple[Case, ...]) -> None:
         assert certificate.gap >= certificate.primal - best - 1e-10 * best
 
 
-def test_sigma_is_the_largest_singular_value() -> None:
-    setting = regularised(SUMS[0])
-    problem = setting.problem
-    _, O = refit_intercept(problem, random_units(problem))
-    L = dual_point(problem, O)
-    sigma, ridge = bound_sigma(problem, L)
-    values = {
-        (k, g): np.linalg.norm(problem.gamma(L, k, g).numpy(), 2)
-        for k in range(len(problem.components))
-        for g in problem.gates_of(k)
-    }
-    nuclear = [value / problem.components[k].weight for (k, _), value in values.items() if k != 2]
-    assert sigma.proved
-    assert sigma.lower <= max(nuclear) * (1 + 1e-12)
-    assert sigma.upper >= max(nuclear)
-    assert sigma.upper == pytest.approx(max(nuclear), rel=1e-9)
-    gamma = problem.gamma(L, 2, None)
-    assert ridge == pytest.approx(float(gamma.square().sum()) / (2 * problem.beta * problem.components[2].weight))
+@pytest.mark.parametrize("heads", [*((case,) for case in SMALL), *((c,) for c in LOSS_CASES), *SUMS], ids=sum_name)
+def test_the_dual_point_is_feasible(heads: tuple[Case, ...]) -> None:
+    """sigma_max is what numpy finds, alpha L keeps every block below beta w, and the dual is its value."""
+    problem = regularised(heads).problem
+    ridge_blocks = [k for k, component in enumerate(problem.components) if component.ridge]
+    near = solve(problem, "factored", 1e-2).factors
+    for factors in (near, random_units(problem), random_units(problem, scale=0.05)):
+        certificate = certify_factors(problem, factors)
+        _, O = refit_intercept(problem, factors)
+        L = dual_point(problem, O)
+        sigma, ridge = bound_sigma(problem, L)
+        assert certificate.sigma_max == sigma
+        assert sigma.proved
+        values = {
+            (k, gate): np.linalg.norm(problem.gamma(L, k, gate).numpy(), 2) / component.weight
+            for k, component in enumerate(problem.components)
+            for gate in problem.gates_of(k)
+            if k not in ridge_blocks
+        }
+        largest = max(values.values(), default=0.0)
+        assert sigma.lower <= largest * (1 + 1e-12)
+        assert largest <= sigma.upper <= largest * (1 + 1e-9)
+        assert certificate.alpha * largest <= problem.beta
+        assert certificate.alpha >= 0
+        expected = sum(
+            float(problem.gamma(L, k, None).square().sum()) / (2 * problem.beta * problem.components[k].weight)
+            for k in ridge_blocks
+        )
+        assert ridge == pytest.approx(expected, rel=1e-12)
+        scaled = certificate.alpha * L
+        assert problem.loss.max_scale(scaled, problem.targets, problem.weights) >= 1.0
+        dual = -problem.loss.conjugate(scaled, problem.targets, problem.weights) - certificate.alpha**2 * ridge
+        assert certificate.dual == pytest.approx(dual, rel=1e-10, abs=1e-12)
+        if problem.fit_intercept:
+            assert float(L.reshape(-1, problem.outputs).sum(0).abs().max()) < 1e-12
+        # No other point of the ray that is feasible has a larger value.
+        for alpha in np.linspace(0.0, 1.0, 11) * min(1.0, problem.beta / max(largest, 1e-300)):
+            other = -problem.loss.conjugate(alpha * L, problem.targets, problem.weights) - alpha**2 * ridge
+            assert other <= certificate.dual + 1e-9 * certificate.primal
 
 
 def test_fista_refuses_what_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,7 +687,7 @@ def test_fista_refuses_what_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("heads", "loss"),
     [((case,), loss) for case in SMALL for loss in ("squared", "cross_entropy")] + [(SUMS[0], "cross_entropy")],
-    ids=str,
+    ids=sum_name,
 )
 def test_trained_networks_never_beat_the_dual(heads: tuple[Case, ...], loss: str) -> None:
     """Plain torch, from random starts, with more units than the optimum has: never below the dual, and down to it."""
@@ -690,11 +720,11 @@ def test_trained_networks_never_beat_the_dual(heads: tuple[Case, ...], loss: str
             optimiser.zero_grad()
             value = objective()
             value.backward()
-            assert float(value) >= solution.certificate.dual * (1 - 1e-12)
+            assert float(value.detach()) >= solution.certificate.dual * (1 - 1e-12)
             return value
 
         optimiser.step(closure)
-        reached.append(float(objective()))
+        reached.append(float(objective().detach()))
         own = certify_factors(problem, module.factors(), network=True)
         assert own.primal == pytest.approx(reached[-1], rel=1e-9)
         assert own.gap >= reached[-1] - solution.certificate.primal - 1e-9

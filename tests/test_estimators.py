@@ -345,7 +345,7 @@ def test_labels_of_tokens() -> None:
         model = ConvexHeadClassifier(head=head, pooling=None, beta_ratio=0.1).fit(X, y)
         assert model.predict(X).shape == y.shape
         assert model.predict_proba(X).shape == model.decision_function(X).shape == (15, 5, 2)
-        assert model.score(X, y) == np.mean(model.predict(X) == y)
+        assert model.score(X, y) == pytest.approx(np.mean(model.predict(X) == y))
         w = rng.uniform(size=15)
         hits = (model.predict(X) == y).mean(1)
         assert model.score(X, y, sample_weight=w) == pytest.approx((w * hits).sum() / w.sum())
@@ -598,6 +598,8 @@ def test_constant_targets_give_an_empty_head() -> None:
         model = ConvexHeadRegressor(head=head, activation="gated_relu").fit(X, np.full(len(X), 3.0))
         same(model.predict(X), 3.0)
         assert model.certificate_.gap == pytest.approx(0.0, abs=1e-12)
-        assert model.beta_max_ == pytest.approx(0.0, abs=1e-12)
+        if head != "linear":  # a ridge head never is quite empty: its reference scale is another one
+            assert model.beta_max_ == pytest.approx(0.0, abs=1e-12)
+            assert model.rank_ == 0
     zero = ConvexHeadClassifier().fit(np.zeros((6, 2, 3)), np.arange(6) % 3)
     same(zero.predict_proba(np.zeros((1, 2, 3))), 1 / 3)

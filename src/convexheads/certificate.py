@@ -97,7 +97,7 @@ def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float, evaluati
         method="bounded",
         options={"xatol": 1e-7, "maxiter": evaluations},
     )
-    candidates = [(value(alpha), alpha) for alpha in {upper, min(1.0, upper), float(found.x)}]
+    candidates = [(value(alpha), alpha) for alpha in {0.0, upper, min(1.0, upper), float(found.x)}]
     return max(candidates)
 
 

@@ -31,7 +31,7 @@ from convexheads.subspace import beta_max, branch_scale
 from convexheads.types import Factors, Units
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-SMALL_PROBLEM = 2_000_000
+SMALL_PROBLEM = 500_000
 """Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
 TINY_PROBLEM = 5_000
 """Numbers in the tokens below which a solution within ``tol`` is polished to rounding."""
@@ -440,7 +440,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     beta : weight decay (beta/2) (||u||^2 + ||v||^2); None: ``beta_ratio`` times ``beta_max_``.
     beta_ratio : used where ``beta`` is None.
     fit_intercept : whether to fit an unpenalised intercept.
-    tol : relative duality gap (gap / primal) at which fitting stops.
+    tol : relative duality gap (gap / primal) at which fitting stops; tiny problems are then solved to rounding, which
+        costs nothing there and makes the result independent of the order of the samples.
     max_iter : most iterations of the solver.
     max_rank : most units in all, or None.
     solver : ``factored``, or ``fista`` (dense, the reference for small sizes).

@@ -34,7 +34,7 @@ class Rows(Protocol):
 
 
 CACHE_BYTES = 3 * 2**30
-WORKSPACE = 2**23  # elements of the largest temporary of one chunk
+WORKSPACE = 2**20  # elements of the largest temporary of one chunk
 
 
 class Problem:

@@ -13,14 +13,16 @@ KEPT = "what is done is kept: started again, it does not extract the tokens anew
 
 RESOLUTION = 98
 GATES = 4
-RATIOS = "0.1,0.03,0.01,0.003"
+FEATURES = 12
+RATIOS = "0.1,0.03"
 
 _DESCRIPTION = f"""\
 The whole path at once, on scikit-learn's 1,797 images of handwritten digits: extract their tokens through
 the packaged DINOv2 at {RESOLUTION} x {RESOLUTION} pixels ({RESOLUTION // 14} x {RESOLUTION // 14} patches), fit \
 every head to a certified optimum, print the comparison,
 write it as JSON, CSV and HTML, and export the best head as a torch module and as ONNX. A few minutes on two
-cores. To be quick it uses {GATES} gates and tries the shares {RATIOS} of beta_max."""
+cores. To be quick it uses {FEATURES} principal components and {GATES} gates, and tries the shares
+{RATIOS} of beta_max."""
 
 _EPILOG = """\
 examples:
@@ -84,7 +86,17 @@ def run(args: argparse.Namespace) -> int:
         return status
 
     output.print(f"2. heads, {args.gates} gates each; beta chosen from the shares {RATIOS} of beta_max")
-    options = [str(store), "--gates", str(args.gates), "--beta-ratios", RATIOS, "--tol", str(args.tol)]
+    options = [
+        str(store),
+        "--pca",
+        str(FEATURES),
+        "--gates",
+        str(args.gates),
+        "--beta-ratios",
+        RATIOS,
+        "--tol",
+        str(args.tol),
+    ]
     options += ["--heads", ",".join(args.heads)] if args.heads else []
     options += ["--quiet"] if args.quiet else []
     comparing = parsed(compare, options)

@@ -35,7 +35,7 @@ from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 20
 """Iterations between two preconditioners."""
-WARMUP_SAMPLES = 3000
+WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
 WARMUP_STEPS = 400
 """Mini-batches of the warm-up, within 4 to 16 epochs."""
@@ -493,7 +493,9 @@ class Factored:
     def full(self, factors: Factors, pair: SingularPair) -> bool:
         """Whether the pair's block has all the units there can be: then no stall is possible."""
         component, units = self.problem.components[pair.component], factors.units[pair.component]
-        own = len(units.v) if units.gate is None else int((units.gate == pair.gate).sum())
+        own = len(units.v)
+        if units.gate is not None and pair.gate is not None:
+            own = int(units.gate.eq(pair.gate).sum())
         return own >= min(component.p, component.q)
 
     def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
