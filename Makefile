@@ -4,7 +4,6 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?=
 
 EXTRAS := backbones,datasets,plots,report,onnx,dev
 PY := .venv/bin/python
@@ -12,7 +11,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input -c co
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types docs bench clean distclean
+.PHONY: help install demo test test-all lint types docs clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -68,9 +67,6 @@ docs: install ## API pages from the docstrings, into docs/api
 	@$(PY) -W 'ignore:The module specification' -m pdoc --docformat numpy --output-directory docs/api convexheads \
 		$$(cd src && find convexheads -name '*.py' ! -name '__*' | sed 's|/|.|g; s|[.]py$$||' | sort)
 	@echo "Open docs/api/index.html"
-
-bench: install ## speed and memory of the library on this machine
-	@.venv/bin/convexheads bench $(BENCH_ARGS)
 
 clean: ## remove caches and built files; .venv, tokens/ and runs/ stay
 	@rm -rf build dist docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
