@@ -465,7 +465,7 @@ FIT = ("--head", "mlp", "--beta-ratio", "0.1", "--out", "OUT/m.safetensors")
         (("fit", "STORE:folder", *FIT[:-1], "STORE:good.npz/m.safetensors"), "cannot make the folder"),
         (("fit", "STORE:folder", *FIT, "--json", "STORE:empty"), "a folder; expected the name of a file"),
         (("predict", "OUT/none.safetensors", "STORE:folder"), "no such file"),
-        (("predict", "STORE:table.csv", "STORE:folder"), "not a convexheads model"),
+        (("predict", "STORE:table.csv", "STORE:folder"), "no convexheads model"),
         (("predict", "MODEL", "STORE:missing"), "no such folder"),
         (("predict", "MODEL", "STORE:other.npz"), "expected 5 tokens of 6 features, as this model was fitted on"),
         (("predict", "MODEL", "STORE:nan.npz"), "NaN in the tokens"),

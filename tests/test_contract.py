@@ -925,6 +925,7 @@ def test_modules_and_files_give_the_same_outputs(case: Case, tmp_path: Path) -> 
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:FutureWarning")
 def test_exported_modules(case: Case, tmp_path: Path) -> None:
     """ONNX with a free batch size, and torch.jit.trace, both on a batch other than the traced one."""
     setting = make_setting(replace(case, c=4 if case.n_blocks > 1 else 3))

@@ -79,8 +79,15 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from convexheads.architectures import ARCHITECTURES
+
     monkeypatch.chdir(tmp_path)
+    # A page may register a head of its own: other tests must not see it.
+    known = dict(ARCHITECTURES)
+    request.addfinalizer(lambda: [ARCHITECTURES.pop(name) for name in set(ARCHITECTURES) - set(known)])
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in BLOCKS[page]:
         if block.language == "python" and block.run:

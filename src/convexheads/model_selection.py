@@ -123,11 +123,11 @@ class _PathEstimator:
         if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
             raise InputError("patience: " + describe(repr(patience), "an integer >= 1, or None for the whole path"))
         targets, weights, loss = base.encode(X, y, sample_weight)
+        given = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y).shape
+        hard = loss == "cross_entropy" and (len(given) == targets.ndim - 1 or given[-1] == 1)
         X_fit, parts = X, None
         if validation_data is None:
-            labels = None
-            if targets.ndim == 2 and getattr(base, "classes_", None) is not None and np.ndim(y) == 1:
-                labels = targets.argmax(-1)
+            labels = targets.argmax(-1) if hard and targets.ndim == 2 else None
             seed = params["random_state"]
             train, held = validation_split(len(targets), self.validation, seed, labels)  # type: ignore[attr-defined]
             X_fit, X_val = take_rows(X, train), take_rows(X, held)
@@ -140,7 +140,6 @@ class _PathEstimator:
             rows = shape[:1] if base.pooling is not None else shape[:2]
             values = encode_targets(y_val, loss, targets.shape[-1], rows, getattr(base, "classes_", None))
             validation = (values, np.full(len(values), 1.0 / len(values)))
-        hard = loss == "cross_entropy" and (np.ndim(y) == targets.ndim - 1 or np.shape(y)[-1] == 1)
         path = self._walk(base, X_fit, parts or (targets, weights), X_val, validation, loss, hard, ratios, path_tol)
         del X_fit, X_val, parts, validation
         self._refit(base, path, X, y, sample_weight)

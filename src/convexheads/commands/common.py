@@ -465,6 +465,12 @@ def progress(line: str, quiet: bool = False) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def hint_at_the_edge(path: Sequence[dict[str, Any]] | None, chosen: float, tried: Sequence[float], quiet: bool) -> None:
+    """Say so where the smallest beta that was tried is the one that was chosen: a smaller one may be better."""
+    if path and len(tried) > 1 and chosen == min(tried):
+        progress("the smallest beta tried was the best on validation: --beta-ratios can try smaller ones", quiet)
+
+
 @contextlib.contextmanager
 def prints_to_stderr() -> Iterator[None]:
     """What estimators print goes to stderr: stdout belongs to the result."""

@@ -331,6 +331,8 @@ class _Run:
         seconds = watch.seconds
         path = getattr(model, "path_", None)
         chosen = getattr(model, "best_beta_ratio_", args.beta_ratio)
+        if path is not None:
+            common.hint_at_the_edge(path, chosen, args.beta_ratios, args.quiet)
         best = getattr(model, "best_estimator_", model)
         certificate = best.certificate_
         scores = best.predict_proba(X_test)

@@ -152,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
     with common.prints_to_stderr():
         model.fit(tokens.X, labels)
     seconds = watch.seconds
+    if isinstance(model, ConvexHeadClassifierCV):
+        common.hint_at_the_edge(model.path_, model.best_beta_ratio_, args.beta_ratios, args.quiet)
     accuracy = float(model.score(tokens.X, labels))
     model.save(out)
     result = {
