@@ -93,11 +93,10 @@ class Component:
         """Gradient of <L, A> with respect to T: (rows, m, k)."""
         return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
 
-    def gamma_rows(self, stats: Stats, L: Tensor, gate: int | None, rows: slice) -> Tensor:
-        """Rows of Gamma_g = A_g^* L for these samples: (rows, q)."""
-        T = self.form.basis_features(stats, rows, gate)
-        T = T.reshape(-1, *T.shape[-2:])
-        return self.adjoint_v(T, L).flatten(1)
+    def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice) -> Tensor:
+        """Rows of Gamma_g = A_g^* L for these samples, before :meth:`Architecture.spread`: (r, k, c)."""
+        T = self.form.distinct_features(stats, rows, gate)
+        return self.adjoint_v(T.reshape(-1, *T.shape[-2:]), L)
 
 
 def split_rows(total: int, step: int) -> Iterator[slice]:

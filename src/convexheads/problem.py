@@ -35,6 +35,8 @@ class Rows(Protocol):
 
 CACHE_BYTES = 3 * 2**30
 WORKSPACE = 2**20  # elements of the largest temporary of one chunk
+GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
+GAMMA_SAMPLES = 256  # samples a chunk there
 
 
 class Problem:
@@ -349,28 +351,46 @@ class Problem:
     def gamma(self, L: Tensor, k: int, gate: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
         """Gamma_g = A_g^* L of component ``k`` and ``gate``, formed explicitly: (p, q), or (k, c) for ridge."""
         component = self.components[k]
+        width, p = component.form.value_width, max(1, component.p)
+        if component.ridge:
+            return self._ridge_gamma(L, k, dtype)
+        entries = width * (1 if component.form.pooled else component.form.tokens)
+        # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
+        step = max(16, min(self.chunk_rows(1, True) * GAMMA_SAMPLES // 16, GAMMA_SAMPLES))
+        step = max(step, min(4096, GAMMA_WORKSPACE // (p * entries)))
+        unit = component.form.row_step
+        band = max(1, GAMMA_WORKSPACE // (step * entries * unit)) * unit
+        total = torch.empty(p, component.q, dtype=dtype, device=self.device)
+        for rows in split_rows(p, band):
+            part: Tensor | None = None
+            for index, stats, g in self._gate_stats(k, gate, dtype, step):
+                own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
+                found = component.distinct_adjoint(stats, own, g, rows)
+                part = found if part is None else part.add_(found)
+            assert part is not None
+            total[rows] = component.form.spread(part).flatten(1)
+        return total
+
+    def _gate_stats(
+        self, k: int, gate: int | None, dtype: torch.dtype, step: int
+    ) -> Iterator[tuple[slice, Stats, int | None]]:
+        """Statistics of one component for one of its gates, chunk by chunk, with the gate's index in them."""
+        component = self.components[k]
         single = component.only_gate(gate)
         cached = self._cached_stats(dtype) if dtype == self.dtype else None
-        p = max(1, component.p)
-        entries = p * component.form.value_width * (1 if component.form.pooled else component.form.tokens)
-        step = max(16, min(self.chunk_rows(4, True), 2 * WORKSPACE // max(1, entries)))
-        band = max(1, min(p, 2 * WORKSPACE // max(1, step * entries // p)))
-        total = torch.zeros(p, component.q, dtype=dtype, device=self.device)
-        if component.ridge:
-            total = torch.zeros(component.form.value_width, component.width, dtype=dtype, device=self.device)
         for index in split_rows(self.n, step):
             if cached is not None:
-                stats, g = tuple(t[index] for t in cached[k]), gate
+                yield index, tuple(t[index] for t in cached[k]), gate
             else:
-                stats = single.stats(self._rows(component.branch, index), dtype)
-                g = None if gate is None else 0
-            part = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
-            if component.ridge:
-                units = Units(None, total.new_empty(1, component.form.value_width, component.width))
-                total += component.adjoint_v(component.features(stats, units), part)[0]
-                continue
-            for rows in split_rows(p, band):
-                total[rows] += component.gamma_rows(stats, part, g, rows)
+                yield index, single.stats(self._rows(component.branch, index), dtype), None if gate is None else 0
+
+    def _ridge_gamma(self, L: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        component = self.components[k]
+        total = torch.zeros(component.form.value_width, component.width, dtype=dtype, device=self.device)
+        units = Units(None, total.new_empty(1, component.form.value_width, component.width))
+        for index, stats, _ in self._gate_stats(k, None, dtype, self.chunk_rows(4, True)):
+            own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
+            total += component.adjoint_v(component.features(stats, units), own)[0]
         return total
 
     def gates_of(self, k: int) -> list[int | None]:

@@ -16,6 +16,7 @@ Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -46,9 +47,30 @@ def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
 
     One product a gate costs P times less than one masked product for all units.
     """
+    return torch.cat([selected[:, g] @ u[own].mT for g, own in gate_groups(gate)], 1)[..., None]
+
+
+def gated_forms(selected: Tensor, u: Tensor, gate: Tensor, X: Tensor) -> Tensor:
+    """selected[g_j]_r^T u_j x_r for every row r and unit j: (n, r, m).
+
+    selected (n, P, r, a), u (m, a, k), gate (m,) ascending, X (n, r, k) with rows x_r.
+    """
+    n, r, width = X.shape
+    parts = []
+    for g, own in gate_groups(gate):
+        # One large product for all units of a gate, then dot products with what the gate selects.
+        images = X.reshape(n * r, width) @ u[own].reshape(-1, width).mT
+        parts.append((images.view(n, r, -1, u.shape[1]) * selected[:, g, :, None]).sum(-1))
+    return torch.cat(parts, 2)
+
+
+def gate_groups(gate: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each gate with the slice of its units; gate (m,) ascending."""
     index, counts = torch.unique_consecutive(gate, return_counts=True)
-    parts = [selected[:, g] @ part.mT for g, part in zip(index.tolist(), u.split(counts.tolist()), strict=True)]
-    return torch.cat(parts, 1)[..., None]
+    start = 0
+    for g, count in zip(index.tolist(), counts.tolist(), strict=True):
+        yield g, slice(start, start + count)
+        start += count
 
 
 class Architecture:
@@ -173,6 +195,19 @@ class Architecture:
         basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
         index = None if gate is None else torch.full((stop - start,), gate, device=basis.device)
         return self.unit_features(stats, basis.view(-1, *self.u_shape), index)
+
+    @property
+    def row_step(self) -> int:
+        """How many rows of u's space :meth:`distinct_features` takes together: slices are multiples of it."""
+        return 1
+
+    def distinct_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        """``basis_features`` without what repeats in them: (n, r, k) pooled, (n, s, r, k) token-level, r, k smaller."""
+        return self.basis_features(stats, rows, gate)
+
+    def spread(self, adjoint: Tensor) -> Tensor:
+        """Numbers (r, k, c) for each of ``distinct_features`` -> (rows, k, c) for each of ``basis_features``."""
+        return adjoint
 
     def lift(self, u: Tensor) -> Tensor:
         """Mixing weights (m, *u_shape) of this form -> those of the plain form, same outputs and norms."""

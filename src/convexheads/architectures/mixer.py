@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, register
+from convexheads.architectures.base import Architecture, Stats, gated_forms, register
 
 
 class PooledLinearMixer(Architecture):
@@ -37,13 +37,7 @@ class PooledLinearMixer(Architecture):
         return (u * self.tokens**-0.5)[:, None, :].expand(-1, self.tokens, -1)
 
 
-@register
-class Mixer(Architecture):
-    """The definition: hidden = W1 X (s x d), values = hidden."""
-
-    name = "mixer"
-    reductions = {("linear", True): PooledLinearMixer}
-
+class _Square(Architecture):
     @property
     def u_shape(self) -> tuple[int, ...]:
         return (self.tokens, self.tokens)
@@ -59,6 +53,41 @@ class Mixer(Architecture):
     @property
     def unit_work(self) -> int:
         return self.tokens**2 * self.features
+
+
+class PooledGatedMixer(_Square):
+    """s^{-1} sum_t M[t, l] (W1 X)[t, l], feature by feature: M_l^T W1 X_l with columns M_l and X_l."""
+
+    name = "mixer"
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        assert gates is not None
+        masks = Mixer(self.tokens, self.features, self.outputs).masks(X, gates).to(X.dtype)
+        return X.mT.contiguous(), masks.mT.contiguous() / self.tokens
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        columns, selected = stats
+        return gated_forms(selected, u, gate, columns).mT
+
+    @property
+    def row_step(self) -> int:
+        return self.tokens
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        columns, selected = stats
+        t = slice(rows.start // self.tokens, rows.stop // self.tokens)
+        # Contiguous factors: the product of two transposed ones would be copied once more.
+        X, own = columns.mT.contiguous(), selected[:, gate, :, t].mT.contiguous()
+        return (own[:, :, None] * X[:, None]).flatten(1, 2)
+
+
+@register
+class Mixer(_Square):
+    """The definition: hidden = W1 X (s x d), values = hidden."""
+
+    name = "mixer"
+    reductions = {("linear", True): PooledLinearMixer, ("gated_relu", True): PooledGatedMixer}
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
         m, s = u.shape[0], self.tokens

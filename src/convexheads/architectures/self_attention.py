@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, register
+from convexheads.architectures.base import Architecture, Stats, gated_forms, register
 
 
-class _Pooled(Architecture):
+class _Square(Architecture):
     @property
     def u_shape(self) -> tuple[int, ...]:
         return (self.features, self.features)
@@ -19,6 +19,20 @@ class _Pooled(Architecture):
     @property
     def value_width(self) -> int:
         return self.features
+
+
+class _Pooled(_Square):
+    """Pooled forms: T(e_{a k})[l] is symmetric in (k, l), so that half of it says all."""
+
+    @property
+    def row_step(self) -> int:
+        return self.features
+
+    def spread(self, adjoint: Tensor) -> Tensor:
+        k, l = torch.triu_indices(self.features, self.features, device=adjoint.device)
+        place = torch.empty(self.features, self.features, dtype=torch.long, device=adjoint.device)
+        place[k, l] = place[l, k] = torch.arange(len(k), device=adjoint.device)
+        return adjoint[:, place].flatten(0, 1)
 
 
 class PooledLinearSelfAttention(_Pooled):
@@ -45,6 +59,11 @@ class PooledLinearSelfAttention(_Pooled):
         a, k = index // self.features, index % self.features
         return mean[:, a, None] * gram[:, k]
 
+    def distinct_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        mean, gram = stats
+        upper = torch.cat([gram[:, k, k:] for k in range(self.features)], -1)
+        return mean[:, _whole_rows(rows, self.features), None] * upper[:, None]
+
 
 class PooledGatedSelfAttention(_Pooled):
     """1^T (M o X W1 X^T) X = sum_q ((M^T X)_q^T W1 x_q) x_q^T with M^T X computed once a gate."""
@@ -66,13 +85,9 @@ class PooledGatedSelfAttention(_Pooled):
         return X, masks.mT @ X[:, None] / self.tokens
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
         X, selected = stats
-        n, s, d = X.shape
-        m = u.shape[0]
-        # One large product X W1^T for all units, then a dot product with (M^T X) of the unit's gate.
-        keys = (X.reshape(n * s, d) @ u.permute(2, 0, 1).reshape(d, m * d)).view(n, s, m, d)
-        weights = (keys * selected[:, gate].transpose(1, 2)).sum(-1)
-        return weights.mT @ X
+        return gated_forms(selected, u, gate, X).mT @ X
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         X, selected = stats
@@ -81,9 +96,23 @@ class PooledGatedSelfAttention(_Pooled):
         pairs = selected[:, gate][:, :, a] * X[:, :, k]
         return pairs.mT @ X
 
+    def distinct_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        X, selected = stats
+        d = self.features
+        pairs = X.new_empty(*X.shape[:2], d * (d + 1) // 2)
+        # Slice by slice: to gather by an index costs more than all of the products.
+        for k, part in enumerate(pairs.split(list(range(d, 0, -1)), -1)):
+            torch.mul(X[:, :, k, None], X[:, :, k:], out=part)
+        return selected[:, gate, :, _whole_rows(rows, self.features)].mT @ pairs
+
+
+def _whole_rows(rows: slice, width: int) -> slice:
+    """The rows of W1 that a slice of its entries, row by row, consists of."""
+    return slice(rows.start // width, rows.stop // width)
+
 
 @register
-class SelfAttention(_Pooled):
+class SelfAttention(_Square):
     """The definition: hidden = X W1 X^T (s x s), values = hidden X (s x d)."""
 
     name = "self_attention"
