@@ -41,6 +41,17 @@ WARMUP_STEPS = 400
 """Mini-batches of the warm-up, within 4 to 16 epochs."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
+SETTLED = 0.5
+"""Decrease in ten iterations, as a share of the gap, below which directions outside the units' span are added."""
+SPANNED = 0.9
+TRIMMED = 1e-2
+"""Share of the gap in the smallest units that are dropped, if they are many ..."""
+WORTH_TRIMMING = 0.8
+"""... so that at most this share of the units is left."""
+PATIENCE = 4
+"""A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
+RECENT = 5
+"""Iterations over which the decrease of the objective is taken to foresee the gap."""
 IDLE = 1e-2
 """Units are idle if together they carry less than this share of the gap."""
 LARGEST_GROWTH = 96
@@ -155,6 +166,55 @@ def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors,
     return Factors(found, factors.intercept), spectra
 
 
+def principal_units(problem: Problem, factors: Factors, spare: float) -> list[Tensor | None]:
+    """For every component the map (kept, m) with orthonormal rows from its units to the principal ones that are kept.
+
+    Within a block (U, V) -> (R U, R V) changes nothing for orthogonal R. With R from U U^T + V V^T the units are
+    orthogonal once they are balanced, and the smallest can go: those dropped carry less than ``spare`` in all.
+    """
+    found: list[Tensor | None] = []
+    parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    for k, units in enumerate(factors.units):
+        found.append(None)
+        if units.u is None:
+            continue
+        weight = problem.penalty_weight(problem.components[k])
+        for g in problem.gates_of(k):
+            own = torch.arange(len(units.v)) if units.gate is None else (units.gate == g).nonzero()[:, 0]
+            u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
+            size, vectors = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
+            parts.append((k, own, weight * size, vectors.mT))
+    sizes = torch.cat([part[2] for part in parts]) if parts else torch.zeros(0)
+    ordered, _ = sizes.clamp_min(0).sort()
+    n_dropped = int((ordered.cumsum(0) <= spare).sum())
+    least = float(ordered[n_dropped]) if n_dropped < len(ordered) else math.inf
+    for k, units in enumerate(factors.units):
+        if units.u is None:
+            continue
+        rows = []
+        for _, own, size, vectors in (part for part in parts if part[0] == k):
+            kept = vectors[size >= least]
+            row = kept.new_zeros(len(kept), len(units.v))
+            row[:, own] = kept
+            rows.append(row)
+        found[k] = torch.cat(rows).to(units.v.dtype)
+    return found
+
+
+def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
+    """Factors, or a vector of their shape, under the maps of :func:`principal_units`."""
+    units = []
+    for old, rows in zip(factors.units, maps, strict=True):
+        if old.u is None or rows is None:
+            units.append(old)
+            continue
+        gate = None if old.gate is None else old.gate[rows.abs().argmax(1)]
+        u = (rows @ old.u.flatten(1)).view(len(rows), *old.u.shape[1:])
+        v = (rows @ old.v.flatten(1)).view(len(rows), *old.v.shape[1:])
+        units.append(Units(u, v, gate))
+    return Factors(units, factors.intercept)
+
+
 def _pick(gate: Tensor | None, index: Tensor) -> Tensor | None:
     return None if gate is None else gate[index]
 
@@ -208,6 +268,15 @@ def largest(factors: Factors, count: int) -> Factors:
         kept = (size >= least).nonzero()[:, 0]
         found.append(Units(units.u[kept], units.v[kept], _pick(units.gate, kept)))
     return Factors(found, factors.intercept)
+
+
+def spanned(factors: Factors, pair: SingularPair) -> float:
+    """Norm of the part of the pair's left vector that lies in the span of its block's units."""
+    units = factors.units[pair.component]
+    assert units.u is not None
+    own = slice(None) if units.gate is None else units.gate == pair.gate
+    basis = torch.linalg.qr(units.u[own].flatten(1).double().mT).Q
+    return float((basis.mT @ pair.u.double()).norm())
 
 
 class Factored:
@@ -353,12 +422,18 @@ class Factored:
             factors = largest(factors, self.max_rank)
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
-        next_check, built_at = 0, -REBUILD
+        next_check, latest, built_at = 0, 0, -REBUILD
+        last_gap, last_decrease = math.inf, None
         values: list[float] = []
         stalls = 0
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            if self.n_iter >= next_check:
+            decrease = values[-1 - RECENT] - values[-1] if len(values) > RECENT else None
+            if last_decrease is None:
+                last_decrease = decrease
+            if self.n_iter >= latest or (
+                self.n_iter >= next_check and self.likely(last_gap, last_decrease, decrease) <= 1.5 * target
+            ):
                 current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
                 self.report(bound.primal, bound.relative_gap, current.n_units)
@@ -368,17 +443,25 @@ class Factored:
                         return solution
                     # The estimate was too low; ask for more before the next proof.
                     target = 0.5 * min(target, bound.relative_gap)
-                decrease = values[-11] - values[-1] if len(values) > 10 else math.inf
+                fall = values[-11] - values[-1] if len(values) > 10 else math.inf
+                grown = None
                 # A warm start of another beta lacks the units that this beta calls for.
-                if pairs and ((warm and self.n_iter == 0) or decrease < self.stall(current, bound)):
+                if pairs and ((warm and self.n_iter == 0) or fall < self.stall(current, bound)):
                     grown = self.grow(current, bound)
-                    if grown is not None:
-                        optimiser, shapes = self.enlarge(optimiser, current, grown)
+                elif fall < SETTLED * bound.gap:
+                    grown = self.widen(current, bound, pairs)
+                if grown is not None:
+                    optimiser, shapes = self.enlarge(optimiser, current, grown)
+                    built_at = -REBUILD
+                    values.clear()
+                elif fall < SETTLED * bound.gap:
+                    smaller = self.trim(optimiser, current, TRIMMED * bound.gap)
+                    if smaller is not None:
+                        optimiser, shapes = smaller
                         built_at = -REBUILD
-                        values.clear()
-                # Far from the tolerance a check seldom ends the solve.
-                near = bound.relative_gap <= 30 * self.tol
-                next_check = self.n_iter + self.spacing(shapes, 1.0 if near else 2.0)
+                next_check = self.n_iter + self.spacing(shapes)
+                latest = self.n_iter + PATIENCE * self.spacing(shapes)
+                last_gap, last_decrease = bound.relative_gap, None
             if self.n_iter >= self.max_iter:
                 break
             if self.n_iter - built_at >= REBUILD:
@@ -391,7 +474,7 @@ class Factored:
             if moved:
                 continue
             stalls += 1
-            next_check, built_at = self.n_iter, -REBUILD
+            latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
                 self.problem = self.problem.in_dtype(torch.float64)
@@ -468,8 +551,18 @@ class Factored:
             units.append(_join(small, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
         return Factors(units, factors.intercept)
 
-    def spacing(self, factors: Factors, share: float) -> int:
-        """Iterations until the next check, so that they cost ``share`` times as much as it does.
+    @staticmethod
+    def likely(gap: float, before: float | None, now: float | None) -> float:
+        """The relative gap to expect from the one last seen and the decreases of the objective then and now.
+
+        The gap is first order in the error of the dual point, the objective second order.
+        """
+        if before is None or now is None or before <= 0:
+            return math.inf
+        return gap * math.sqrt(max(0.0, now) / before)
+
+    def spacing(self, factors: Factors) -> int:
+        """Iterations until the next check at the earliest, so that they cost as much as it does.
 
         By a count of multiplications, not by the clock: a solution must be a function of its inputs.
         """
@@ -479,7 +572,7 @@ class Factored:
         forming, searching = self.subspace.work(6, 6)
         # Losses, conjugates and the intercept's Newton steps, entry by entry.
         check = min(forming, searching) + 2000 * problem.outputs
-        return max(5, min(40, math.ceil(share * check / max(1, iteration))))
+        return max(5, min(40, math.ceil(check / max(1, iteration))))
 
     def stall(self, factors: Factors, bound: Certificate) -> float:
         """Decrease of the objective in ten iterations below which more units are called for.
@@ -516,6 +609,17 @@ class Factored:
         wanted = sorted(wanted, key=lambda pair: -pair.sigma)[: max(0, room)]
         return self.add_units(factors, wanted) if wanted else None
 
+    def widen(self, factors: Factors, bound: Certificate, pairs: list[SingularPair]) -> Factors | None:
+        """More units along those pairs above beta that the units in use do not span.
+
+        They would grow from next to nothing, and until then keep the gap open however good the objective is.
+        """
+        used, _ = canonical(self.problem, factors, IDLE * bound.gap)
+        outside = [p for p in pairs if not self.full(factors, p) and spanned(used, p) < SPANNED]
+        if self.max_rank is not None:
+            outside = sorted(outside, key=lambda p: -p.sigma)[: max(0, self.max_rank - factors.n_units)]
+        return self.add_units(factors, outside) if outside else None
+
     def enlarge(self, old: LBFGS, before: Factors, after: Factors) -> tuple[LBFGS, Factors]:
         """An optimiser for more units that keeps the curvature pairs of the old ones."""
         optimiser, shapes = self.optimiser(after, old.x.dtype)
@@ -525,6 +629,24 @@ class Factored:
                 (_padded(before.like(s), after), _padded(before.like(y), after), rho) for s, y, rho in old.pairs
             )
         return optimiser, shapes
+
+    def trim(self, optimiser: LBFGS, factors: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
+        """An optimiser without the units that together carry less than ``spare``; None where there are few of them.
+
+        Units are first turned into principal ones, by an orthogonal map that keeps curvature pairs valid.
+        """
+        maps = principal_units(self.problem, factors, spare)
+        kept = sum(len(own) for own in maps if own is not None)
+        total = sum(own.shape[1] for own in maps if own is not None)
+        if kept > WORTH_TRIMMING * total:
+            return None
+        smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
+        for s, y, _ in optimiser.pairs:
+            step, change = (turned(factors.like(vector), maps).flat() for vector in (s, y))
+            curvature = float(step @ change)
+            if curvature > 1e-10 * float(step.norm() * change.norm()):
+                smaller.pairs.append((step, change, 1.0 / curvature))
+        return smaller, shapes
 
     def prove(self, factors: Factors) -> Solution | None:
         """The certified solution if the proof confirms the tolerance, else None."""
