@@ -180,7 +180,7 @@ def principal_units(problem: Problem, factors: Factors, spare: float) -> list[Te
             continue
         weight = problem.penalty_weight(problem.components[k])
         for g in problem.gates_of(k):
-            own = torch.arange(len(units.v)) if units.gate is None else (units.gate == g).nonzero()[:, 0]
+            own = torch.arange(len(units.v)) if units.gate is None else units.gate.eq(g or 0).nonzero()[:, 0]
             u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
             size, vectors = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
             parts.append((k, own, weight * size, vectors.mT))
