@@ -144,7 +144,7 @@ class _ConvexHeadEstimator(BaseEstimator):
             raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
         if not isinstance(self.fit_intercept, (bool, np.bool_)):
             raise InputError("fit_intercept: " + describe(repr(self.fit_intercept), "True or False"))
-        solver_function(self.solver)
+        solver_function(self.solver).parse(self.solver_options)
         random_generator(self.random_state)
         resolve_device(self.device)
 
@@ -210,7 +210,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
         problem = problem.with_beta(float(beta) if beta > 0 else float(self.beta_ratio))
         seed = int(random_generator(self.random_state).randint(2**31 - 1))
-        solution = solver_function(self.solver)(
+        solver = solver_function(self.solver)
+        solution = solver(
             problem,
             tol=float(self.tol),
             max_iter=int(self.max_iter),
@@ -218,8 +219,11 @@ class _ConvexHeadEstimator(BaseEstimator):
             random_state=seed,
             init=initial_factors(init, branches),
             progress=_printer(self.verbose),
+            options=self.solver_options,
         )
-        if solution.converged and max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM:
+        tiny = max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM
+        # A trained network stays as training left it.
+        if tiny and solution.converged and solver.promises_tol:
             solution = polish(problem, solution)
         self._keep(problem, branches, solution, loss)
         if not solution.converged:
@@ -233,6 +237,7 @@ class _ConvexHeadEstimator(BaseEstimator):
         self.n_iter_ = solution.n_iter
         self.history_ = solution.history.as_dict()
         self.message_ = solution.message
+        self.runs_ = solution.stats.get("runs", [])
         self._branches = branches
         self._factors = Factors(
             [units.to(torch.float64) for units in solution.factors.units], solution.factors.intercept
@@ -405,7 +410,7 @@ def not_converged(solution: Solution, tol: float) -> str:
     return (
         f"the fit stopped at a relative gap of {certificate.relative_gap:.2e}, above tol = {tol:g} "
         f"({solution.message}). The objective is at most {certificate.gap:.2e} above the global optimum. "
-        "Raise max_iter, raise tol, choose a larger beta, or leave max_rank at None"
+        f"{solution.advice}"
     )
 
 
@@ -444,7 +449,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         costs nothing there and makes the result independent of the order of the samples.
     max_iter : most iterations of the solver.
     max_rank : most units in all, or None.
-    solver : ``factored``, or ``fista`` (dense, the reference for small sizes).
+    solver : ``factored``, or ``fista`` (dense, the reference for small sizes); or, as baselines that train the
+        non-convex network and need not reach ``tol``, ``adamw`` (``max_iter`` then bounds its epochs) or ``lbfgs``.
     random_state : seed of gates and starting point.
     device : None (CPU), ``auto`` or a torch device.
     dtype : of iterations and module, ``float32`` or ``float64``; certificates always use float64.
@@ -452,6 +458,9 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     loss : ``auto``, ``cross_entropy`` or ``multilabel_logistic``; auto takes the second for 0/1 indicators (n, c).
     label_smoothing : share in [0, 1) of every label's mass that is spread over all classes.
     class_weight : None, ``balanced`` or a dict from class to weight; multiplies the sample weights.
+    solver_options : dict of options of the solver, or None. ``adamw``: ``learning_rates``, ``epochs``,
+        ``batch_size``, ``units``, ``seeds``, ``checks``; ``lbfgs``: ``units``, ``seeds``, ``checks``; see
+        :class:`~convexheads.solvers.training.AdamWOptions`. The other solvers have none.
 
     Attributes
     ----------
@@ -461,6 +470,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     intercept_ : (c,) or None.
     n_iter_, history_ : iterations, and objective, gap, seconds and rank at every check.
     blocks_, rank_ : canonical heads, and their number.
+    runs_ : with ``adamw`` and ``lbfgs``, one dict a trained network: learning rate, seed, objective, gaps, seconds and
+        history; not saved.
     """
 
     def __init__(
@@ -485,6 +496,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         loss: str = "auto",
         label_smoothing: float = 0.0,
         class_weight: Any = None,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -506,6 +518,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
+        self.solver_options = solver_options
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -703,6 +716,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         device: str | None = None,
         dtype: str = "float32",
         verbose: int = 0,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -721,6 +735,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         self.device = device
         self.dtype = dtype
         self.verbose = verbose
+        self.solver_options = solver_options
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadRegressor:
         """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y."""

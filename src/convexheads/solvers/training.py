@@ -15,11 +15,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
+from convexheads.certificate import Certificate, certify_factors
+from convexheads.errors import InputError, describe
 from convexheads.problem import Problem
+from convexheads.solvers.base import Solution, register
 from convexheads.solvers.factored import join_units, largest, pick_gates, random_factors
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.warmup import minibatches
@@ -34,6 +39,62 @@ Watch = Callable[[int, Factors], bool]
 """Called with the number of iterations done and the units; True ends the training."""
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of every solver that trains a network.
+
+    Attributes
+    ----------
+    units : units in each channel group; with gates, in each gate. None: 64 shared by the gates, no more than p or q.
+    seeds : networks that are trained from different random units; seed number i is random_state + i.
+    checks : certificates along each training, the last one at its end; more of them give a curve.
+    """
+
+    units: int | None = None
+    seeds: int = 1
+    checks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.units is not None:
+            _check_count("units", self.units)
+        _check_count("seeds", self.seeds)
+        _check_count("checks", self.checks)
+
+
+@dataclass(frozen=True)
+class AdamWOptions(TrainingOptions):
+    """Options of ``adamw``.
+
+    Attributes
+    ----------
+    learning_rates : each is tried with each seed; the lowest training objective wins.
+    epochs : passes over the samples; ``max_iter`` bounds them.
+    batch_size : samples a step.
+    """
+
+    learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2)
+    epochs: int = 50
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("epochs", self.epochs)
+        _check_count("batch_size", self.batch_size)
+        rates = self.learning_rates
+        good = isinstance(rates, Sequence) and not isinstance(rates, str) and len(rates) > 0
+        if not good or not all(_is_positive(rate) for rate in rates):
+            raise InputError("learning_rates: " + describe(repr(rates), "a sequence of positive numbers"))
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name}: " + describe(repr(value), "an integer >= 1"))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
 @dataclass
 class Run:
     """One network trained from one start.
@@ -41,37 +102,97 @@ class Run:
     Attributes
     ----------
     factors : the units as training left them, neither balanced nor pruned.
-    objective : loss plus weight decay of these units, in float64; infinite where training diverged.
+    certificate : of these very units; None where training diverged.
     seed, learning_rate : what told this run from others; no learning rate for L-BFGS.
     n_iter : epochs of AdamW, iterations of L-BFGS.
     seconds : of training, checks excluded.
     message : why training ended.
-    history : objective, relative gap (NaN without certificate), seconds of training and units, at each check.
+    history : objective, relative gap, seconds of training and units, at each check.
     """
 
     factors: Factors
-    objective: float
+    certificate: Certificate | None
     seed: int
     n_iter: int
     seconds: float
     message: str
+    history: History
     learning_rate: float | None = None
-    history: History = field(default_factory=History)
+
+    @property
+    def objective(self) -> float:
+        return math.inf if self.certificate is None else self.certificate.primal
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without units."""
+        certificate = self.certificate
+        return {
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "objective": None if certificate is None else certificate.primal,
+            "relative_gap": None if certificate is None else certificate.relative_gap,
+            "dual": None if certificate is None else certificate.dual,
+            "n_iter": self.n_iter,
+            "seconds": self.seconds,
+            "message": self.message,
+            "history": self.history.as_dict(),
+        }
 
 
-class Stopwatch:
-    """Seconds of training: stands still during checks."""
+class Recorder:
+    """Watches one training: certifies at checks, keeps its clock still meanwhile, ends it at the tolerance.
 
-    def __init__(self) -> None:
-        self.start, self.paused = time.perf_counter(), 0.0
+    Checks are spaced geometrically, because the objective falls fastest at first.
+    """
+
+    def __init__(
+        self, problem: Problem, tol: float, total: int, checks: int, progress: Callable[[dict], None] | None
+    ) -> None:
+        self.problem, self.tol, self.progress = problem, tol, progress
+        self.due = {round(total ** (k / (checks - 1))) for k in range(checks - 1)} if checks > 1 else set()
+        self.history = History()
+        self.certificate: Certificate | None = None
+        self.checked = self.iteration = 0
+        self.diverged = False
+        self.start, self.excluded = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.start - self.paused
+        return time.perf_counter() - self.start - self.excluded
 
-    def exclude(self, since: float) -> None:
-        """Take out the time since ``since`` (a value of ``time.perf_counter``)."""
-        self.paused += time.perf_counter() - since
+    def __call__(self, iteration: int, factors: Factors) -> bool:
+        """Check if one is due; True where training should end."""
+        self.iteration = iteration
+        self.diverged = not bool(torch.isfinite(factors.flat()).all())
+        return self.diverged or (iteration in self.due and self.check(factors))
+
+    def check(self, factors: Factors) -> bool:
+        """Certify the units as they are; True where their gap is within the tolerance."""
+        since, seconds = time.perf_counter(), self.seconds
+        self.checked = self.iteration
+        self.certificate = found = certify_factors(self.problem, factors, network=True)
+        self.history.append(found.primal, found.relative_gap, seconds, factors.n_units)
+        if self.progress is not None:
+            self.progress(
+                {
+                    "iteration": self.iteration,
+                    "objective": found.primal,
+                    "gap": found.relative_gap,
+                    "rank": factors.n_units,
+                    "seconds": seconds,
+                }
+            )
+        self.excluded += time.perf_counter() - since
+        return found.relative_gap <= self.tol
+
+    def finish(self, factors: Factors, message: str, seed: int, learning_rate: float | None = None) -> Run:
+        """The run, with a certificate of its last units."""
+        seconds = self.seconds
+        if self.diverged:
+            return Run(factors, None, seed, self.iteration, seconds, "diverged", self.history, learning_rate)
+        if self.certificate is None or self.checked != self.iteration:
+            self.check(factors)
+        return Run(factors, self.certificate, seed, self.iteration, seconds, message, self.history, learning_rate)
 
 
 def unit_counts(problem: Problem, units: int | None) -> list[int]:
@@ -171,3 +292,108 @@ def train_lbfgs(
         if still:
             return shapes.like(optimiser.x), iteration, "the objective stands still"
     return shapes.like(optimiser.x), max_iter, f"max_iter = {max_iter} was reached"
+
+
+# Solvers --------------------------------------------------------------------------------------------------
+
+ADVICE = "The network is not convex: fit(X, y, init=this estimator) with solver='factored' goes on to the optimum"
+
+
+def best_run(problem: Problem, runs: list[Run], tol: float, what: str) -> Solution:
+    """The run of the lowest objective as a solution that speaks of all of them."""
+    best = min(runs, key=lambda run: run.objective)
+    if best.certificate is None:
+        raise InputError(
+            "learning_rates: "
+            + describe(
+                f"trainings that all diverged ({', '.join(sorted({f'{run.learning_rate:g}' for run in runs}))})",
+                "at least one that stays finite",
+                "Lower the learning rates, or scale the tokens down.",
+            )
+        )
+    rate = "" if best.learning_rate is None else f"learning rate {best.learning_rate:g}, "
+    number = f"the lowest of {len(runs)} trainings, " if len(runs) > 1 else ""
+    return Solution(
+        best.factors.to(torch.float64),
+        best.certificate,
+        best.history,
+        best.n_iter,
+        best.certificate.relative_gap <= tol,
+        f"{what}: {number}{rate}seed {best.seed}; {best.message}",
+        {"runs": [run.as_dict() for run in runs]},
+        ADVICE,
+    )
+
+
+@register("adamw", promises_tol=False, options=AdamWOptions)
+def solve_adamw(
+    problem: Problem,
+    tol: float = 1e-3,
+    max_iter: int = 2000,
+    max_rank: int | None = None,
+    random_state: int = 0,
+    init: Factors | None = None,
+    progress: Callable[[dict], None] | None = None,
+    prove: bool = True,
+    **options: Any,
+) -> Solution:
+    """Train networks by AdamW from several seeds and learning rates; the lowest training objective wins.
+
+    Parameters
+    ----------
+    problem, random_state : the program whose network is trained, and the first seed.
+    tol : relative gap at which a training ends at a check, and below which the solution counts as converged.
+    max_iter : most epochs of each training.
+    max_rank : most units in all.
+    init : units to start from; where they are fewer than ``units``, small random ones fill them up.
+    progress : called with a dict at every check.
+    prove : certificates are always proved.
+    options : see :class:`AdamWOptions`.
+
+    The solution is the network as training left it, certified as it is: see the module on its weight decay.
+    """
+    chosen = AdamWOptions(**options)
+    counts = unit_counts(problem, chosen.units)
+    epochs = min(chosen.epochs, max_iter)
+    message = f"{epochs} epochs were done"
+    if epochs < chosen.epochs:
+        message = f"max_iter = {max_iter} was reached before {chosen.epochs} epochs"
+    runs = []
+    for rate in chosen.learning_rates:
+        for seed in range(random_state, random_state + chosen.seeds):
+            generator = torch.Generator().manual_seed(seed)
+            start = starting_units(problem, counts, generator, init, max_rank)
+            recorder = Recorder(problem, tol, epochs, chosen.checks, progress)
+            found, done = train_adamw(problem, start, float(rate), epochs, generator, chosen.batch_size, recorder)
+            reason = message if done == epochs else f"the relative gap reached tol after {done} epochs"
+            runs.append(recorder.finish(found, reason, seed, float(rate)))
+    return best_run(problem, runs, tol, "AdamW")
+
+
+@register("lbfgs", promises_tol=False, options=TrainingOptions)
+def solve_lbfgs(
+    problem: Problem,
+    tol: float = 1e-3,
+    max_iter: int = 2000,
+    max_rank: int | None = None,
+    random_state: int = 0,
+    init: Factors | None = None,
+    progress: Callable[[dict], None] | None = None,
+    prove: bool = True,
+    **options: Any,
+) -> Solution:
+    """Train networks by full-batch L-BFGS from several seeds; the lowest training objective wins.
+
+    Parameters as in :func:`solve_adamw`, ``max_iter`` being iterations; options: see :class:`TrainingOptions`. Unlike
+    ``factored`` it adds no units: with too few it ends in a local minimum, which the certificate shows.
+    """
+    chosen = TrainingOptions(**options)
+    counts = unit_counts(problem, chosen.units)
+    runs = []
+    for seed in range(random_state, random_state + chosen.seeds):
+        generator = torch.Generator().manual_seed(seed)
+        start = starting_units(problem, counts, generator, init, max_rank)
+        recorder = Recorder(problem, tol, max_iter, chosen.checks, progress)
+        found, _, message = train_lbfgs(problem, start, max_iter, recorder)
+        runs.append(recorder.finish(found, message, seed))
+    return best_run(problem, runs, tol, "L-BFGS")
