@@ -32,7 +32,7 @@ LAYERS: list[list[str]] = [
     ["path"],
     ["relu"],
     ["heads"],
-    ["networks"],
+    ["networks", "baselines"],
     ["explain"],
     ["certification"],
     ["estimators", "storage"],

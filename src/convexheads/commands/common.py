@@ -20,6 +20,7 @@ from convexheads.errors import DataError, InputError, describe
 
 HEADS = ("self_attention", "mixer", "fno", "block_fno", "mlp", "linear")
 ACTIVATIONS = ("linear", "gated_relu")
+BASELINES = ("logistic_regression", "nearest_neighbors", "mlp_gelu", "attentive_probe", "softmax_attention")
 
 
 # Numbers on the command line ------------------------------------------------------------------------------
