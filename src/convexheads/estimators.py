@@ -20,6 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
 
 from convexheads.architectures import architecture_class
+from convexheads.certification import check_same_gates, factors_of_weights
 from convexheads.errors import InputError, NotConvergedWarning, describe
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
 from convexheads.inputs import TokenRows, as_tokens
@@ -387,20 +388,29 @@ def _on_cpu(factors: Factors) -> Factors:
 
 
 def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
-    """Factors to start from, out of a fitted estimator or a module of the same heads."""
+    """Factors to start from, out of a fitted estimator, a module, or weights by name of the same heads."""
     if init is None:
         return None
+    if isinstance(init, Mapping):
+        if len(branches) != 1:
+            got = f"weights by name for {len(branches)} heads"
+            raise InputError("init: " + describe(got, "a fitted estimator or a module, for a sum of heads"))
+        return factors_of_weights(init, branches[0])
     factors = init if isinstance(init, Factors) else getattr(init, "_factors", None)
     if factors is None and isinstance(init, ConvexHead):
         factors = init.factors()
     if factors is None:
-        raise InputError("init: " + describe(type(init).__name__, "a fitted estimator or a ConvexHead module"))
+        expected = "a fitted estimator, a ConvexHead module, or a dict of weights u and v"
+        raise InputError("init: " + describe(type(init).__name__, expected))
     shapes = [(c.form.u_shape, (c.form.value_width, c.width)) for i, b in enumerate(branches) for c in b.components(i)]
     given = [(() if u.u is None else tuple(u.u.shape[1:]), tuple(u.v.shape[1:])) for u in factors.units]
     if shapes != given:
         raise InputError(
             "init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens")
         )
+    own = init.resolved_branches() if isinstance(init, ConvexHead) else getattr(init, "_branches", None)
+    if own is not None:
+        check_same_gates(own, branches)
     return factors
 
 
@@ -535,7 +545,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         y : class labels (n,), or (n, s) where ``pooling`` is None; soft labels (n, c) whose rows sum to one; or 0/1
             indicators (n, c) for several labels a sample.
         sample_weight : (n,) non-negative, or None.
-        init : fitted estimator or module of the same heads to start from.
+        init : fitted estimator, module, or dict of weights by name (see :func:`~convexheads.certify`) of the same
+            heads and gates to start from; None: random units.
 
         Raises
         ------

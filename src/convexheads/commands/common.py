@@ -20,6 +20,7 @@ from convexheads.errors import DataError, InputError, describe
 
 HEADS = ("self_attention", "mixer", "fno", "block_fno", "mlp", "linear")
 ACTIVATIONS = ("linear", "gated_relu")
+SOLVERS = ("factored", "fista", "adamw", "lbfgs")
 BASELINES = ("logistic_regression", "nearest_neighbors", "mlp_gelu", "attentive_probe", "softmax_attention")
 
 
@@ -434,6 +435,12 @@ def training_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in TRAINING if getattr(args, name) is not None}
 
 
+def fixed_gates(model: Any) -> list:
+    """The gates of a fitted head as the parameter that gives another head the same ones."""
+    groups = [list(gates.numpy()) for gates in model._branches[0].gates]
+    return groups if len(groups) > 1 else groups[0]
+
+
 def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patience: int) -> None:
     """Options of the path over beta."""
     group = parser.add_argument_group("choice of beta")
@@ -590,6 +597,15 @@ def writable(path: Path) -> None:
         raise DataError(f"{path}: " + describe("a folder", "the name of a file to write"))
     if not os.access(folder, os.W_OK):
         raise DataError(f"{folder}: this folder cannot be written. Choose another")
+
+
+def check_figure(option: str, file: str | None) -> None:
+    """Tell before the work that a figure cannot be written; None is fine."""
+    if file is None:
+        return
+    if Path(file).suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"{option}: " + describe(repr(file), "a file name that ends in .svg, .png or .pdf"))
+    writable(Path(file))
 
 
 def save(path: Path, text: str) -> None:

@@ -214,10 +214,7 @@ def compare(args: argparse.Namespace, train: common.Tokens, test: common.Tokens,
         raise InputError(describe(f"--sum for {train.path}", "token stores, which say which tokens are which"))
     if args.curves and not args.networks:
         raise InputError(describe("--curves without --networks", "--networks beside it"))
-    if args.curves and Path(args.curves).suffix not in (".svg", ".png", ".pdf"):
-        raise InputError("--curves: " + describe(repr(args.curves), "a file name that ends in .svg, .png or .pdf"))
-    if args.curves:
-        common.writable(Path(args.curves))
+    common.check_figure("--curves", args.curves)
     settings = {
         "train": train.summary(),
         "test": test.summary(),
@@ -399,7 +396,7 @@ class _Run:
         rates, seeds = training.pop("learning_rates", CURVE_RATES), training.pop("seeds", CURVE_SEEDS)
         training["checks"] = CURVE_CHECKS if args.curves else 1
         activation = options["activation"]
-        gates = fixed_gates(convex) if activation == "gated_relu" else options["gates"]
+        gates = common.fixed_gates(convex) if activation == "gated_relu" else options["gates"]
         options = {**options, "gates": gates, "beta": convex.beta_}
         curves: dict[str, list] = {"convex": [self._course(options, convex, X)]}
         for rate in rates:
@@ -455,8 +452,7 @@ class _Run:
         path = Path(self.args.curves)
         for name, curves in self.curves.items():
             file = path if len(self.curves) == 1 else path.with_stem(f"{path.stem}-{name}")
-            title = f"{name}: AdamW on the network, and the convex program"
-            save_figure(history_figure(curves, title, self.args.tol, log_time=True), file)
+            save_figure(history_figure(curves, name.replace("-", ", "), self.args.tol, log_time=True), file)
             self.output.print(f"curves of {name}: {file}")
 
     def _values(self, best: Any, name: str, activation: str, X_test: Any) -> dict[str, Any]:
@@ -570,12 +566,6 @@ def attach_view(model: Any, view: Any) -> None:
     model._branches[0].view = view
     model.head = {"head": model.head, "view": clone(view)}
     model.n_tokens_in_, model.n_features_in_ = view.n_tokens_in_, view.n_features_in_
-
-
-def fixed_gates(model: Any) -> list:
-    """The gates of a fitted head as the parameter that gives another head the same ones."""
-    groups = [list(gates.numpy()) for gates in model._branches[0].gates]
-    return groups if len(groups) > 1 else groups[0]
 
 
 def line(cells: Sequence[str]) -> str:

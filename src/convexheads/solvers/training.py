@@ -263,6 +263,13 @@ def train_adamw(
     return variables, epochs
 
 
+def import_optimiser() -> None:
+    """Let torch import what it imports at the first step of any optimiser: seconds that no training should count."""
+    tensor = torch.zeros(1)
+    tensor.grad = torch.zeros(1)
+    torch.optim.AdamW([tensor]).step()
+
+
 def train_lbfgs(
     problem: Problem, start: Factors, max_iter: int, watch: Watch | None = None
 ) -> tuple[Factors, int, str]:
@@ -358,6 +365,7 @@ def solve_adamw(
     message = f"{epochs} epochs were done"
     if epochs < chosen.epochs:
         message = f"max_iter = {max_iter} was reached before {chosen.epochs} epochs"
+    import_optimiser()
     runs = []
     for rate in chosen.learning_rates:
         for seed in range(random_state, random_state + chosen.seeds):
