@@ -343,7 +343,7 @@ CASES: dict[str, Case] = {
     "not fitted, made a module": (lambda tmp: ConvexHeadClassifier().to_module(), ("not fitted yet", "Call 'fit'")),
     "a start that is none": (
         lambda tmp: ConvexHeadClassifier().fit(X, y, init=0),
-        ("init: got int", "expected a fitted estimator or a ConvexHead module"),
+        ("init: got int", "expected a fitted estimator, a ConvexHead module"),
     ),
     "a start of another head": (
         lambda tmp: ConvexHeadClassifier(head="mixer").fit(X, y, init=fitted()),

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from convexheads import ConvexHeadClassifier, load
+from convexheads import ConvexHeadClassifier, certify, load
+from convexheads.baselines import BASELINES
 from convexheads.cli import COMMANDS, build_parser, main
 from convexheads.commands import common
 from convexheads.commands import compare as compare_command
@@ -225,6 +227,73 @@ def test_fit_warns_when_it_stops_early(store: Path, tmp_path: Path, run: Run) ->
     assert "gap" in out
 
 
+def test_fit_a_network_then_go_on_to_the_optimum(store: Path, tmp_path: Path, run: Run) -> None:
+    network, head = tmp_path / "network.safetensors", tmp_path / "head.safetensors"
+    common_options = [store, "--head", "mlp", "--activation", "gated_relu", "--gates", 3, "--beta-ratio", 0.05]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [])
+        status, out, err = run(
+            "fit", *common_options, "--seed", 4, "--solver", "adamw", "--learning-rates", "0.003,0.01", "--seeds", 2,
+            "--epochs", 5, "--batch-size", 32, "--units", 4, "--plot", tmp_path / "curves.svg", "--out", network,
+            "--json", tmp_path / "network.json", "--quiet",
+        )  # fmt: skip
+    assert status == 0
+    assert "with solver='factored' goes on to the optimum" in one_line(err)
+    assert "stopped         AdamW: the lowest of 4 trainings" in out
+    result = json.loads((tmp_path / "network.json").read_text())
+    assert [(r["learning_rate"], r["seed"]) for r in result["runs"]] == [
+        (rate, result["runs"][0]["seed"] + i) for rate in (0.003, 0.01) for i in (0, 1)
+    ]
+    assert result["certificate"]["primal"] == min(r["objective"] for r in result["runs"])
+    assert (tmp_path / "curves.svg").read_text().count("learning rate 0.01") == 1
+    status, out, err = run("certify", network, store)
+    assert status == 0, err
+    assert f"--init {network} --beta" in out
+    assert f"{result['certificate']['dual']:.8g}" in out
+    status, _, err = run("fit", *common_options, "--init", network, "--out", head, "--quiet")
+    assert status == 0, err
+    certificate = load(head).certificate_
+    assert certificate.relative_gap <= 1e-3
+    assert result["certificate"]["dual"] <= certificate.primal < result["certificate"]["primal"]
+    status, out, _ = run("certify", head, store)
+    assert "next            nothing to gain" in out
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_certify_weights_trained_elsewhere(suffix: str, tmp_path: Path, run: Run) -> None:
+    X, y = tokens(60, 0)
+    np.savez(tmp_path / "tokens.npz", X=X, y=y)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "head.u": torch.randn(7, X.shape[2], generator=generator),
+        "head.v": torch.randn(7, 4, generator=generator),
+        "head.intercept": torch.randn(4, generator=generator),
+    }
+    file = tmp_path / f"network{suffix}"
+    if suffix == ".pt":
+        torch.save(weights, file)
+    else:
+        save_file(weights, file)
+    options = [file, tmp_path / "tokens.npz", "--head", "mlp", "--beta", 0.05, "--tokens", "all"]
+    status, out, err = run("certify", *options, "--json", tmp_path / "c.json")
+    assert status == 0, err
+    found = json.loads((tmp_path / "c.json").read_text())["certificate"]
+    plain = {name.removeprefix("head."): tensor for name, tensor in weights.items()}
+    expected = certify(plain, X, y, 0.05, head="mlp")
+    assert found["primal"] == pytest.approx(expected.primal, rel=1e-12)
+    assert found["dual"] == pytest.approx(expected.dual, rel=1e-9)
+    assert "--init" in out
+    status, _, err = run(
+        "fit", tmp_path / "tokens.npz", "--head", "mlp", "--beta", 0.05, "--init", file, "--tokens", "all",
+        "--out", tmp_path / "head.safetensors", "--quiet",
+    )  # fmt: skip
+    assert status == 0, err
+    assert found["dual"] <= load(tmp_path / "head.safetensors").certificate_.primal < found["primal"]
+    status, _, err = run("certify", file, tmp_path / "tokens.npz", "--beta", 0.05)
+    assert status == 2
+    assert "without --head" in one_line(err)
+
+
 def test_output_for_machines_goes_to_stdout_alone(store: Path, tmp_path: Path, run: Run) -> None:
     status, out, err = run(
         "fit", store, "--head", "mlp", "--beta-ratio", 0.2, "--out", tmp_path / "m.safetensors", "--json", "-"
@@ -294,13 +363,17 @@ def test_compare(store: Path, tmp_path: Path, run: Run) -> None:
     rows = result["rows"]
     names = [(row["head"], row["activation"]) for row in rows]
     convex = [(head, act) for head in common.HEADS[:-1] for act in ("linear", "gated_relu")] + [("linear", "linear")]
-    assert names == [*convex, ("logistic regression", ""), (compare_command.SUM, "linear")]
+    titles = [BASELINES[name].title for name in common.BASELINES]
+    assert names == [*convex, *((title, "") for title in titles), (compare_command.SUM, "linear")]
     for row in rows:
         assert row["top5"] == 1.0
         assert 0.25 < row["top1"] <= 1
-        if row["head"] == "logistic regression":
+        if row["head"] in titles:
             assert row["relative_gap"] is None
             assert not row["certified"]
+            assert 0.25 < row["validation"] <= 1
+            assert row["settings"]
+            assert row["seconds"] > 0
             continue
         assert row["relative_gap"] <= 1e-3
         assert row["certified"]
@@ -316,9 +389,38 @@ def test_compare(store: Path, tmp_path: Path, run: Run) -> None:
     assert float(table[0]["objective"]) == rows[0]["objective"]
     printed = out.splitlines()
     assert printed[1].split() == list(compare_command.COLUMNS)
-    assert sum(line.startswith(common.HEADS) for line in printed) >= len(rows) - 2
+    assert sum(line.startswith(common.HEADS) for line in printed) >= len(rows) - 1 - len(titles)
+    assert sum(line.startswith(tuple(titles)) and " - " in line for line in printed) == len(titles)
     assert "peak memory" in printed[-1]
     assert "path  beta" in err
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_compare_with_networks(activation: str, store: Path, tmp_path: Path, run: Run) -> None:
+    status, out, err = run(
+        "compare", store, "--pca", 4, "--heads", "mlp,linear", "--activations", activation, "--beta-ratio", 0.1,
+        "--gates", 3, "--networks", "--learning-rates", "0.01,0.1", "--seeds", 2, "--epochs", 20, "--batch-size", 32,
+        "--curves", tmp_path / "curves.svg", "--baselines", "none", "--json", tmp_path / "c.json", "--quiet",
+    )  # fmt: skip
+    assert status == 0, err
+    convex, *networks, ridge = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert ridge["head"] == "linear"
+    assert [(row["learning_rate"], row["network_seed"]) for row in networks] == [
+        (0.01, 0), (0.01, 1), (0.1, 0), (0.1, 1)
+    ]  # fmt: skip
+    for row in networks:
+        assert row["network_of"] == "mlp"
+        assert row["beta"] == convex["beta"]
+        assert row["certified"]
+        # The same program, gates included: no network below the dual value of the convex solution.
+        assert row["objective"] >= convex["objective"] * (1 - convex["relative_gap"])
+        assert row["objective"] * (1 - row["relative_gap"]) <= convex["objective"] * (1 + 1e-9)
+        assert len(row["history"]["gap"]) > 3
+        assert row["history"]["objective"][-1] == row["objective"]
+        assert row["seconds"] < 60
+    assert min(row["objective"] for row in networks) < 1.05 * convex["objective"]
+    assert (tmp_path / "curves.svg").read_text().count("AdamW, learning rate") == 2
+    assert sum(line.startswith("AdamW 0.1 seed 1") for line in out.splitlines()) == 1
 
 
 def test_compare_at_a_fixed_ratio(store: Path, tmp_path: Path, run: Run) -> None:
@@ -463,6 +565,13 @@ FIT = ("--head", "mlp", "--beta-ratio", "0.1", "--out", "OUT/m.safetensors")
         (("fit", "STORE:folder", *FIT, "--device", "abacus"), "device: got 'abacus'"),
         (("fit", "STORE:folder", *FIT[:-1], "OUT/m.pt"), "ends in .safetensors"),
         (("fit", "STORE:folder", *FIT[:-1], "STORE:good.npz/m.safetensors"), "cannot make the folder"),
+        (("fit", "STORE:folder", *FIT, "--epochs", "3"), "epochs for solver='factored'; expected none"),
+        (("fit", "STORE:folder", *FIT, "--solver", "lbfgs", "--epochs", "3"), "expected some of units, seeds, checks"),
+        (("fit", "STORE:folder", *FIT, "--solver", "adamw", "--learning-rates", "0"), "expected a positive number"),
+        (("fit", "STORE:folder", *FIT, "--plot", "curves.txt"), "ends in .svg, .png or .pdf"),
+        (("fit", "STORE:folder", *FIT, "--init", "OUT/none.safetensors"), "no such file"),
+        (("fit", "STORE:folder", *FIT, "--init", "STORE:good.npz"), "a file that cannot be read"),
+        (("fit", "STORE:folder", *FIT[-2:], "--init", "MODEL"), "--init without a beta"),
         (("fit", "STORE:folder", *FIT, "--json", "STORE:empty"), "a folder; expected the name of a file"),
         (("predict", "OUT/none.safetensors", "STORE:folder"), "no such file"),
         (("predict", "STORE:table.csv", "STORE:folder"), "no convexheads model"),
@@ -473,10 +582,14 @@ FIT = ("--head", "mlp", "--beta-ratio", "0.1", "--out", "OUT/m.safetensors")
         (("certify", "MODEL", "STORE:unlabelled"), "tokens without labels"),
         (("certify", "MODEL", "STORE:folder", "--beta", "0"), "expected a positive number"),
         (("certify", "MODEL", "STORE:strings.npz"), "does not know"),
+        (("certify", "MODEL", "STORE:folder", "--head", "mlp"), "--head for a saved model"),
         (("compare",), "a folder with train/ and test/, or both --train and --test"),
         (("compare", "STORE:missing"), "no such folder"),
         (("compare", "STORE:empty"), "a folder without train and test"),
         (("compare", "STORE:folder", "--heads", "mlp,softmax"), "got softmax; expected some of"),
+        (("compare", "STORE:folder", "--baselines", "svm"), "got svm; expected some of"),
+        (("compare", "STORE:folder", "--curves", "c.svg"), "--curves without --networks"),
+        (("compare", "STORE:folder", "--networks", "--curves", "c.txt"), "ends in .svg, .png or .pdf"),
         (("compare", "STORE:folder", "--test", "STORE:other.npz", "--pca", "4"), "expected 5 of 6, as in"),
         (("compare", "--train", "STORE:good.npz", "--test", "STORE:good.npz", "--sum", "--pca", "4"), "--sum for"),
         (("compare", "STORE:folder", "--pca", "4", "--n-blocks", "3", "--heads", "block_fno"), "n_blocks: got 3"),
@@ -595,8 +708,8 @@ def test_the_whole_path_with_the_real_backbone(tmp_path: Path, run: Run) -> None
     assert status == 0, err
     assert "proved" in out
     status, out, err = run(
-        "compare", store, *common_options, "--heads", "mlp,block_fno,linear,logistic_regression", "--gates", 2,
-        "--beta-ratios", "0.1,0.03", "--sum", "--json", tmp_path / "c.json",
+        "compare", store, *common_options, "--heads", "mlp,block_fno,linear", "--gates", 2,
+        "--baselines", "logistic_regression", "--beta-ratios", "0.1,0.03", "--sum", "--json", tmp_path / "c.json",
     )  # fmt: skip
     assert status == 0, err
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]

@@ -49,6 +49,10 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_head = pytest.mark.parametrize("case", SMALL, ids=str)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 every_solver = pytest.mark.parametrize("solver", sorted(SOLVERS))
+# Baselines train the non-convex network: what they return is certified, but need not be optimal.
+OPTIMAL = sorted(name for name, solver in SOLVERS.items() if solver.promises_tol)
+optimal_solver = pytest.mark.parametrize("solver", OPTIMAL)
+baseline = pytest.mark.parametrize("solver", sorted(set(SOLVERS) - set(OPTIMAL)))
 
 
 def sum_name(heads: Any) -> str:
@@ -498,7 +502,7 @@ def regularised(heads: tuple[Case, ...], ratio: float = 0.1) -> Setting:
     return setting
 
 
-@every_solver
+@optimal_solver
 @pytest.mark.parametrize("heads", [*SETTINGS, *((case,) for case in LOSS_CASES)], ids=sum_name)
 def test_solutions_are_certified(heads: tuple[Case, ...], solver: str) -> None:
     setting = regularised(heads)
@@ -533,7 +537,7 @@ def test_solutions_are_certified(heads: tuple[Case, ...], solver: str) -> None:
 @every_head
 def test_solvers_agree(case: Case) -> None:
     problem = regularised((case,)).problem
-    found = [solve(problem, solver, 1e-7) for solver in sorted(SOLVERS)]
+    found = [solve(problem, solver, 1e-7) for solver in OPTIMAL]
     for solution in found[1:]:
         assert solution.certificate.primal == pytest.approx(found[0].certificate.primal, rel=1e-7)
         # Outputs are unique by strict convexity of the squared loss, even where Z is not.
@@ -558,7 +562,7 @@ def test_an_interrupted_solve_says_so(solver: str) -> None:
     assert solution.certificate.certified
 
 
-@every_solver
+@optimal_solver
 def test_solvers_take_a_start(solver: str) -> None:
     problem = regularised((Case("mixer", "gated_relu", loss="cross_entropy"),)).problem
     first = solve(problem, solver, 1e-6)
@@ -573,7 +577,7 @@ def test_solvers_take_a_start(solver: str) -> None:
     assert set(steps[0]) >= {"iteration", "objective", "gap", "rank", "seconds"}
 
 
-@every_solver
+@optimal_solver
 def test_max_rank_is_kept(solver: str) -> None:
     problem = regularised((Case("self_attention", "gated_relu", False),), 0.02).problem
     free = solve(problem, solver)
@@ -584,7 +588,7 @@ def test_max_rank_is_kept(solver: str) -> None:
     assert bound.certificate.dual <= free.certificate.primal
 
 
-@every_solver
+@optimal_solver
 @every_head
 def test_at_beta_max_the_head_is_empty(case: Case, solver: str) -> None:
     problem = make_setting(replace(case, loss="cross_entropy")).problem
@@ -599,6 +603,48 @@ def test_at_beta_max_the_head_is_empty(case: Case, solver: str) -> None:
     below = solve(problem.with_beta(0.8 * beta_max(problem)), solver, 1e-6)
     assert below.certificate.primal < problem.null_loss() * (1 - 1e-4)
     assert below.factors.n_units > 0
+
+
+@baseline
+@pytest.mark.parametrize("heads", SETTINGS, ids=sum_name)
+def test_trained_networks_are_certified_as_they_are(heads: tuple[Case, ...], solver: str) -> None:
+    problem = regularised(heads).problem
+    best = solve(problem, "factored", 1e-7).certificate
+    found = solver_function(solver)(problem, tol=1e-3, max_iter=30, random_state=1)
+    certificate = found.certificate
+    assert certificate.certified
+    assert certificate == certify_factors(problem, found.factors, network=True)
+    assert certificate.primal == pytest.approx(problem.value(found.factors, torch.float64), rel=1e-12)
+    assert found.converged == (certificate.relative_gap <= 1e-3)
+    assert certificate.primal < problem.null_loss()
+    # No network beats the optimum, and no dual value exceeds it.
+    assert certificate.primal >= best.dual * (1 - 1e-12)
+    assert certificate.dual <= best.primal * (1 + 1e-12)
+    assert found.history.objective[-1] == certificate.primal
+    assert "init=" in found.advice
+
+
+@baseline
+def test_training_goes_on_from_a_start(solver: str) -> None:
+    problem = regularised((Case("mixer", "gated_relu", loss="cross_entropy"),)).problem
+    first = solve(problem, "factored", 1e-6)
+    steps: list[dict] = []
+    options = {"units": 1, "checks": 3}
+    found = solver_function(solver)(
+        problem, tol=1e-4, max_iter=5, init=first.factors, progress=steps.append, options=options
+    )
+    assert found.certificate.primal < 1.02 * first.certificate.primal
+    assert set(steps[0]) >= {"iteration", "objective", "gap", "rank", "seconds"}
+    # A start without units is filled up.
+    empty = first.factors.like(first.factors.flat())
+    empty.units = [Units(u.u[:0], u.v[:0], u.gate[:0]) for u in empty.units]
+    assert solver_function(solver)(problem, max_iter=5, init=empty, options=options).factors.n_units == 3
+
+
+@baseline
+def test_networks_keep_max_rank(solver: str) -> None:
+    problem = regularised((Case("self_attention", "gated_relu", False),), 0.02).problem
+    assert solver_function(solver)(problem, max_iter=3, max_rank=2).factors.n_units == 2
 
 
 def optimum(problem: Problem) -> float:
@@ -777,7 +823,7 @@ def test_canonical_blocks(case: Case) -> None:
 # Fixtures: optimal values found by a conic solver
 
 
-@every_solver
+@optimal_solver
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_fixture(path: Path, solver: str) -> None:
     known = json.loads(path.read_text())
@@ -841,7 +887,7 @@ def test_sample_weights_are_repeated_rows(case: Case) -> None:
         close(repeated.predict_proba(X) if target is y else repeated.predict(X), outputs, 1e-6)
 
 
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@optimal_solver
 def test_sums_of_heads(solver: str) -> None:
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(20, 6, 4)), rng.integers(0, 3, 20)

@@ -465,7 +465,7 @@ def test_starting_from_another_fit() -> None:
         again = ConvexHeadClassifier(beta=0.02).fit(X, y, init=init)
         same(again.predict_proba(X), first.predict_proba(X), 1e-4)
         assert again.n_iter_ <= first.n_iter_
-    with pytest.raises(InputError, match="init: got str; expected a fitted estimator or a ConvexHead module"):
+    with pytest.raises(InputError, match="init: got str; expected a fitted estimator, a ConvexHead module"):
         ConvexHeadClassifier().fit(X, y, init="zero")
     with pytest.raises(InputError, match="the same heads on the same tokens"):
         ConvexHeadClassifier(head="mlp").fit(X, y, init=first)

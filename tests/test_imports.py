@@ -32,6 +32,7 @@ LAYERS: list[list[str]] = [
     ["path"],
     ["relu"],
     ["heads"],
+    ["networks", "baselines"],
     ["explain"],
     ["certification"],
     ["estimators", "storage"],

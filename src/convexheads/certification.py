@@ -11,16 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from convexheads.certificate import Certificate, certify_factors
-from convexheads.errors import InputError, describe
+from convexheads.errors import DataError, InputError, describe
 from convexheads.heads import Branch, ConvexHead, group_form, make_branch
 from convexheads.inputs import TokenRows, as_tokens
 from convexheads.losses import make_loss
@@ -265,6 +267,79 @@ def _from_weights(
         if intercept.shape != (outputs,):
             raise InputError("intercept: " + describe(f"shape {tuple(intercept.shape)}", f"({outputs},)"))
     return branch, components, Factors(units, intercept)
+
+
+def factors_of_weights(weights: Mapping[str, Any], branch: Branch) -> Factors:
+    """Weights by name, as for :func:`certify`, as the factors that solvers of this branch start from.
+
+    Raises
+    ------
+    InputError
+        For weights of wrong shapes or with NaN, or gates other than the branch's own.
+    """
+    if branch.activation != "linear" and weights.get("gates") is None:
+        groups = [gates.numpy() for gates in branch.gates if gates is not None]
+        weights = {**weights, "gates": groups if branch.head == "block_fno" else groups[0]}
+    shape, pooling = (branch.tokens, branch.features), "mean" if branch.pooled else None
+    given, _, factors = _from_weights(
+        weights, shape, branch.head, branch.activation, branch.grid, branch.n_blocks, pooling
+    )
+    _check_finite(factors)
+    if given.outputs != branch.outputs:
+        raise InputError("v: " + describe(f"{given.outputs} outputs", f"{branch.outputs}, one for each class"))
+    check_same_gates([given], [branch])
+    units = [
+        Units(None if each.u is None else component.form.reduce(each.u), each.v, each.gate)
+        for component, each in zip(branch.components(0), factors.units, strict=True)
+    ]
+    return Factors(units, factors.intercept)
+
+
+def check_same_gates(given: Sequence[Branch], wanted: Sequence[Branch]) -> None:
+    """Raise InputError unless both have the same gates: units mean nothing under other masks."""
+    for first, second in zip(given, wanted, strict=True):
+        for a, b in zip(first.gates, second.gates, strict=True):
+            if a is None or b is None:
+                same = a is b
+            else:
+                same = a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+            if not same:
+                raise InputError(
+                    "init: "
+                    + describe(
+                        "units with other gates than this head has",
+                        "the same gates",
+                        "Give them with gates=, or use the random_state that they were drawn with.",
+                    )
+                )
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Weights by name from a safetensors file, or a state dict saved by torch (.pt, .pth); runs no code from it.
+
+    Names may share a prefix, such as ``head.u`` and ``head.v``, which is taken off.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged or holds something else.
+    """
+    path = Path(path)
+    expected = "a safetensors file, or a state dict saved by torch.save, with tensors u and v"
+    try:
+        if path.suffix in (".pt", ".pth"):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            held = load_file(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: " + describe("no such file", expected)) from error
+    except Exception as error:  # what a file that is neither of them raises depends on its bytes
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: " + describe(f"a file that cannot be read ({reason})", expected)) from error
+    if not isinstance(held, Mapping) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+        raise DataError(f"{path}: " + describe(f"a {type(held).__name__} of other things than tensors", expected))
+    prefixes = {str(name).rpartition(".")[0] for name in held}
+    return {str(name).rpartition(".")[2] if len(prefixes) == 1 else str(name): held[name] for name in held}
 
 
 def _listed(gates: Any, blocks: bool) -> list:

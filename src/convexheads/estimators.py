@@ -20,6 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
 
 from convexheads.architectures import architecture_class
+from convexheads.certification import check_same_gates, factors_of_weights
 from convexheads.errors import InputError, NotConvergedWarning, describe
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
 from convexheads.inputs import TokenRows, as_tokens
@@ -144,7 +145,7 @@ class _ConvexHeadEstimator(BaseEstimator):
             raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
         if not isinstance(self.fit_intercept, (bool, np.bool_)):
             raise InputError("fit_intercept: " + describe(repr(self.fit_intercept), "True or False"))
-        solver_function(self.solver)
+        solver_function(self.solver).parse(self.solver_options)
         random_generator(self.random_state)
         resolve_device(self.device)
 
@@ -210,7 +211,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
         problem = problem.with_beta(float(beta) if beta > 0 else float(self.beta_ratio))
         seed = int(random_generator(self.random_state).randint(2**31 - 1))
-        solution = solver_function(self.solver)(
+        solver = solver_function(self.solver)
+        solution = solver(
             problem,
             tol=float(self.tol),
             max_iter=int(self.max_iter),
@@ -218,8 +220,11 @@ class _ConvexHeadEstimator(BaseEstimator):
             random_state=seed,
             init=initial_factors(init, branches),
             progress=_printer(self.verbose),
+            options=self.solver_options,
         )
-        if solution.converged and max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM:
+        tiny = max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM
+        # A trained network stays as training left it.
+        if tiny and solution.converged and solver.promises_tol:
             solution = polish(problem, solution)
         self._keep(problem, branches, solution, loss)
         if not solution.converged:
@@ -233,6 +238,7 @@ class _ConvexHeadEstimator(BaseEstimator):
         self.n_iter_ = solution.n_iter
         self.history_ = solution.history.as_dict()
         self.message_ = solution.message
+        self.runs_ = solution.stats.get("runs", [])
         self._branches = branches
         self._factors = Factors(
             [units.to(torch.float64) for units in solution.factors.units], solution.factors.intercept
@@ -382,20 +388,29 @@ def _on_cpu(factors: Factors) -> Factors:
 
 
 def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
-    """Factors to start from, out of a fitted estimator or a module of the same heads."""
+    """Factors to start from, out of a fitted estimator, a module, or weights by name of the same heads."""
     if init is None:
         return None
+    if isinstance(init, Mapping):
+        if len(branches) != 1:
+            got = f"weights by name for {len(branches)} heads"
+            raise InputError("init: " + describe(got, "a fitted estimator or a module, for a sum of heads"))
+        return factors_of_weights(init, branches[0])
     factors = init if isinstance(init, Factors) else getattr(init, "_factors", None)
     if factors is None and isinstance(init, ConvexHead):
         factors = init.factors()
     if factors is None:
-        raise InputError("init: " + describe(type(init).__name__, "a fitted estimator or a ConvexHead module"))
+        expected = "a fitted estimator, a ConvexHead module, or a dict of weights u and v"
+        raise InputError("init: " + describe(type(init).__name__, expected))
     shapes = [(c.form.u_shape, (c.form.value_width, c.width)) for i, b in enumerate(branches) for c in b.components(i)]
     given = [(() if u.u is None else tuple(u.u.shape[1:]), tuple(u.v.shape[1:])) for u in factors.units]
     if shapes != given:
         raise InputError(
             "init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens")
         )
+    own = init.resolved_branches() if isinstance(init, ConvexHead) else getattr(init, "_branches", None)
+    if own is not None:
+        check_same_gates(own, branches)
     return factors
 
 
@@ -405,7 +420,7 @@ def not_converged(solution: Solution, tol: float) -> str:
     return (
         f"the fit stopped at a relative gap of {certificate.relative_gap:.2e}, above tol = {tol:g} "
         f"({solution.message}). The objective is at most {certificate.gap:.2e} above the global optimum. "
-        "Raise max_iter, raise tol, choose a larger beta, or leave max_rank at None"
+        f"{solution.advice}"
     )
 
 
@@ -444,7 +459,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         costs nothing there and makes the result independent of the order of the samples.
     max_iter : most iterations of the solver.
     max_rank : most units in all, or None.
-    solver : ``factored``, or ``fista`` (dense, the reference for small sizes).
+    solver : ``factored``, or ``fista`` (dense, the reference for small sizes); or, as baselines that train the
+        non-convex network and need not reach ``tol``, ``adamw`` (``max_iter`` then bounds its epochs) or ``lbfgs``.
     random_state : seed of gates and starting point.
     device : None (CPU), ``auto`` or a torch device.
     dtype : of iterations and module, ``float32`` or ``float64``; certificates always use float64.
@@ -452,6 +468,9 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     loss : ``auto``, ``cross_entropy`` or ``multilabel_logistic``; auto takes the second for 0/1 indicators (n, c).
     label_smoothing : share in [0, 1) of every label's mass that is spread over all classes.
     class_weight : None, ``balanced`` or a dict from class to weight; multiplies the sample weights.
+    solver_options : dict of options of the solver, or None. ``adamw``: ``learning_rates``, ``epochs``,
+        ``batch_size``, ``units``, ``seeds``, ``checks``; ``lbfgs``: ``units``, ``seeds``, ``checks``; see
+        :class:`~convexheads.solvers.training.AdamWOptions`. The other solvers have none.
 
     Attributes
     ----------
@@ -461,6 +480,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     intercept_ : (c,) or None.
     n_iter_, history_ : iterations, and objective, gap, seconds and rank at every check.
     blocks_, rank_ : canonical heads, and their number.
+    runs_ : with ``adamw`` and ``lbfgs``, one dict a trained network: learning rate, seed, objective, gaps, seconds and
+        history; not saved.
     """
 
     def __init__(
@@ -485,6 +506,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         loss: str = "auto",
         label_smoothing: float = 0.0,
         class_weight: Any = None,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -506,6 +528,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
+        self.solver_options = solver_options
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -522,7 +545,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         y : class labels (n,), or (n, s) where ``pooling`` is None; soft labels (n, c) whose rows sum to one; or 0/1
             indicators (n, c) for several labels a sample.
         sample_weight : (n,) non-negative, or None.
-        init : fitted estimator or module of the same heads to start from.
+        init : fitted estimator, module, or dict of weights by name (see :func:`~convexheads.certify`) of the same
+            heads and gates to start from; None: random units.
 
         Raises
         ------
@@ -703,6 +727,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         device: str | None = None,
         dtype: str = "float32",
         verbose: int = 0,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -721,6 +746,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         self.device = device
         self.dtype = dtype
         self.verbose = verbose
+        self.solver_options = solver_options
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadRegressor:
         """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y."""

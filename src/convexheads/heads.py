@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from convexheads.architectures import architecture_class
 from convexheads.architectures.base import Architecture
+from convexheads.architectures.relu import ReluForm
 from convexheads.errors import InputError, describe, require
 from convexheads.gates import ACTIVATIONS, resolve_gates
 from convexheads.operator import Component
@@ -66,6 +67,8 @@ class Branch:
         """Its channel groups, as branch number ``index`` of a problem."""
         architecture = self.architecture
         form = architecture.form(self.activation)
+        if self.activation == "relu" and not form.ridge:
+            form = ReluForm(group_form(architecture))
         return [
             Component(index, group, form, gates, inputs, outputs, self.weight, self.head)
             for group, ((inputs, outputs), gates) in enumerate(zip(architecture.groups, self.gates, strict=True))

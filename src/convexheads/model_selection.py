@@ -187,6 +187,7 @@ class _PathEstimator:
             max_rank=None if base.max_rank is None else int(base.max_rank),
             random_state=base.random_state,
             progress=step_printer(self.verbose),  # type: ignore[attr-defined]
+            solver_options=base.solver_options,
         )
 
     def _refit(self, base: Any, path: Path, X: Any, y: Any, sample_weight: Any) -> None:
@@ -329,6 +330,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         validation: float = 0.2,
         path_tol: float = 1e-2,
         patience: int | None = 2,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -352,6 +354,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
+        self.solver_options = solver_options
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadClassifierCV:
         """Choose beta and fit.
@@ -403,6 +406,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         validation: float = 0.2,
         path_tol: float = 1e-2,
         patience: int | None = 2,
+        solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -423,6 +427,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
+        self.solver_options = solver_options
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadRegressorCV:
         """Choose beta and fit; see :meth:`ConvexHeadClassifierCV.fit`."""

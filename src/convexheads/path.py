@@ -8,7 +8,7 @@ which beta generalises best; the winner is refitted tightly by whoever asked.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -116,6 +116,7 @@ def walk_path(
     max_rank: int | None = None,
     random_state: int = 0,
     progress: Callable[[PathStep], None] | None = None,
+    solver_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Fit at every ratio of ``beta_max`` in descending order and keep the best on validation data.
 
@@ -128,7 +129,7 @@ def walk_path(
     tol : relative duality gap of the fits on the path.
     patience : stop once the score has been below the best so far for this many betas in a row; None: walk to the
         end.
-    solver, max_iter, max_rank, random_state : as in the estimators.
+    solver, max_iter, max_rank, random_state, solver_options : as in the estimators.
     progress : called with every finished step.
 
     Of equal scores the lower validation loss wins, then the larger beta.
@@ -149,6 +150,7 @@ def walk_path(
             random_state=random_state,
             init=start,
             prove=False,
+            options=solver_options,
         )
         start = solution.factors
         score, loss = evaluate(solution.factors)

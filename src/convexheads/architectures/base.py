@@ -212,3 +212,10 @@ class Architecture:
     def lift(self, u: Tensor) -> Tensor:
         """Mixing weights (m, *u_shape) of this form -> those of the plain form, same outputs and norms."""
         return u
+
+    def reduce(self, u: Tensor) -> Tensor:
+        """Adjoint of :meth:`lift`: mixing weights (m, *plain u_shape) -> those of this form, same outputs.
+
+        Norms do not grow, because ``lift`` is an isometry.
+        """
+        return u

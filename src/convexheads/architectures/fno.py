@@ -42,6 +42,9 @@ class PooledLinearFNO(Architecture):
         # The same filter at every shift, scaled to keep the norm.
         return u.repeat(1, self.tokens) * self.tokens**-0.5
 
+    def reduce(self, u: Tensor) -> Tensor:
+        return u.reshape(len(u), self.tokens, -1).sum(1) * self.tokens**-0.5
+
 
 class PooledGatedFNO(Architecture):
     """The mean over t of M[t] X[t - k, a] is a cross-correlation of mask and tokens: one vector in R^{sd} a gate."""

@@ -36,6 +36,9 @@ class PooledLinearMixer(Architecture):
         # W1 with all rows equal to u / sqrt(s): same norm, and the mean over rows is s^{-1/2} u X.
         return (u * self.tokens**-0.5)[:, None, :].expand(-1, self.tokens, -1)
 
+    def reduce(self, u: Tensor) -> Tensor:
+        return u.sum(1) * self.tokens**-0.5
+
 
 class _Square(Architecture):
     @property

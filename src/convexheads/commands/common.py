@@ -20,6 +20,8 @@ from convexheads.errors import DataError, InputError, describe
 
 HEADS = ("self_attention", "mixer", "fno", "block_fno", "mlp", "linear")
 ACTIVATIONS = ("linear", "gated_relu")
+SOLVERS = ("factored", "fista", "adamw", "lbfgs")
+BASELINES = ("logistic_regression", "nearest_neighbors", "mlp_gelu", "attentive_probe", "softmax_attention")
 
 
 # Numbers on the command line ------------------------------------------------------------------------------
@@ -405,6 +407,40 @@ def add_computation(parser: argparse.ArgumentParser, *, tol: float = 1e-3) -> No
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
+TRAINING = ("learning_rates", "epochs", "batch_size", "units", "seeds")
+"""Options of :func:`add_training`."""
+
+
+def add_training(group: Any, learning_rates: Sequence[float] | None = None, seeds: int | None = None) -> None:
+    """Options of networks that are trained by AdamW or L-BFGS; the defaults given are only told, not set."""
+    rates = ",".join(f"{rate:g}" for rate in learning_rates or (1e-3, 3e-3, 1e-2, 3e-2))
+    group.add_argument(
+        "--learning-rates", type=ratios, metavar="R,R,...", help=f"of AdamW, each tried (default: {rates})"
+    )
+    group.add_argument("--epochs", type=count, metavar="N", help="of AdamW (default: 50)")
+    group.add_argument("--batch-size", type=count, metavar="N", help="of AdamW, in samples (default: 256)")
+    group.add_argument(
+        "--units",
+        type=count,
+        metavar="M",
+        help="of a network; with gates, of each gate (default: 64, shared by gates)",
+    )
+    group.add_argument(
+        "--seeds", type=count, metavar="N", help=f"networks trained from different starts (default: {seeds or 1})"
+    )
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_training` that were given, for ``solver_options``."""
+    return {name: getattr(args, name) for name in TRAINING if getattr(args, name) is not None}
+
+
+def fixed_gates(model: Any) -> list:
+    """The gates of a fitted head as the parameter that gives another head the same ones."""
+    groups = [list(gates.numpy()) for gates in model._branches[0].gates]
+    return groups if len(groups) > 1 else groups[0]
+
+
 def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patience: int) -> None:
     """Options of the path over beta."""
     group = parser.add_argument_group("choice of beta")
@@ -561,6 +597,15 @@ def writable(path: Path) -> None:
         raise DataError(f"{path}: " + describe("a folder", "the name of a file to write"))
     if not os.access(folder, os.W_OK):
         raise DataError(f"{folder}: this folder cannot be written. Choose another")
+
+
+def check_figure(option: str, file: str | None) -> None:
+    """Tell before the work that a figure cannot be written; None is fine."""
+    if file is None:
+        return
+    if Path(file).suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"{option}: " + describe(repr(file), "a file name that ends in .svg, .png or .pdf"))
+    writable(Path(file))
 
 
 def save(path: Path, text: str) -> None:

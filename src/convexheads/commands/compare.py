@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from convexheads.commands import common
@@ -14,7 +15,8 @@ from convexheads.errors import InputError, NotConvergedWarning, describe
 KEPT = "the rows above are in the files given by --json and --csv"
 
 DEFAULTS = common.Preprocessing("patch", False, 32, True, False, True, "auto")
-PEER = "logistic_regression"
+CURVE_RATES, CURVE_SEEDS, CURVE_CHECKS = (1e-3, 3e-3, 1e-2, 3e-2), 3, 12
+"""Learning rates and seeds of --networks, and certificates along each training where curves are drawn."""
 SUM = "linear on CLS and mean + self_attention"
 COLUMNS = ("head", "activation", "beta", "units", "objective", "gap", "top-1", "top-5", "seconds")
 _WIDTHS = (20, 10, 9, 5, 10, 10, 6, 6, 7)
@@ -28,7 +30,11 @@ head is fitted to the whole training set until its relative duality gap is prove
 units     number of units of the fitted head (its rank)
 objective training objective: cross-entropy plus weight decay
 gap       certified relative gap: the objective is at most this share above the global optimum
-seconds   choice of beta and fit together"""
+seconds   choice of beta or of other hyper-parameters, and fit together
+
+Baselines of common practice follow, with hyper-parameters chosen on the same part of the training set; they
+have no certificate. With --networks, every head's own network is trained by AdamW, too, at the same beta from
+several learning rates and seeds: the same objective, without a promise, certified where training stopped."""
 
 _EPILOG = """\
 examples:
@@ -39,6 +45,10 @@ examples:
   convexheads compare tokens/photos --heads self_attention,mlp,linear --beta-ratio 0.02 \\
       --json compare.json --csv compare.csv
 
+  # the same network by AdamW against the convex program: a row each, and curves of objective and gap over time
+  convexheads compare tokens/photos --heads self_attention --activations linear --beta-ratio 0.03 --networks \\
+      --learning-rates 0.001,0.003,0.01,0.03 --seeds 3 --curves curves.svg
+
   # one more row: a linear head on all features of CLS and mean token, plus self-attention on patches whose
   # second-order statistics are power normalised
   convexheads compare tokens/photos --sum"""
@@ -46,7 +56,7 @@ examples:
 
 @dataclass
 class Row:
-    """One line of the comparison: numbers for tables, and the fitted estimator (None for the peer)."""
+    """One line of the comparison: numbers for tables, and the fitted estimator (None for baselines and networks)."""
 
     values: dict[str, Any]
     model: Any = None
@@ -91,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="STORE", help="test tokens, where they lie elsewhere (or an .npz file)")
     common.add_output(parser, "the table")
     add_rows(parser)
+    add_networks(parser)
     common.add_preprocessing(parser, DEFAULTS)
     common.add_validation(parser, "0.3,0.1,0.05,0.025,0.0125,0.006,0.003", 1)
     common.add_computation(parser)
@@ -102,10 +113,14 @@ def add_rows(parser: argparse.ArgumentParser, gates: int = 16) -> None:
     group.add_argument(
         "--heads",
         type=names_of_heads,
-        default=(*common.HEADS, PEER),
         metavar="NAME,NAME,...",
-        help=f"some of {', '.join(common.HEADS)}, and {PEER} (scikit-learn's, on the mean token; not certified) "
-        "(default: all)",
+        help=f"some of {', '.join(common.HEADS)} (default: all)",
+    )
+    group.add_argument(
+        "--baselines",
+        type=_names_of_baselines,
+        metavar="NAME,...",
+        help=f"some of {', '.join(common.BASELINES)}, or none (default: all, or none beside --heads)",
     )
     group.add_argument(
         "--activations",
@@ -140,9 +155,25 @@ def add_rows(parser: argparse.ArgumentParser, gates: int = 16) -> None:
     )
 
 
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """Options of the networks that are trained beside the convex programs."""
+    group = parser.add_argument_group("networks", "the non-convex network of each head, trained by AdamW")
+    group.add_argument("--networks", action="store_true", help="a row for every head, learning rate and seed")
+    common.add_training(group, CURVE_RATES, CURVE_SEEDS)
+    group.add_argument(
+        "--curves",
+        metavar="FILE",
+        help="draw objective and certified gap over time of networks and convex solver: .svg, .png or .pdf",
+    )
+
+
 def names_of_heads(text: str) -> tuple[str, ...]:
-    """Heads, and the peer, separated by commas (for argparse)."""
-    return _names(text, (*common.HEADS, PEER))
+    """Heads separated by commas (for argparse)."""
+    return _names(text, common.HEADS)
+
+
+def _names_of_baselines(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _names(text, common.BASELINES)
 
 
 def _names_of_activations(text: str) -> tuple[str, ...]:
@@ -181,6 +212,9 @@ def compare(args: argparse.Namespace, train: common.Tokens, test: common.Tokens,
     common.set_threads(args.threads)
     if args.sum and train.layout is None:
         raise InputError(describe(f"--sum for {train.path}", "token stores, which say which tokens are which"))
+    if args.curves and not args.networks:
+        raise InputError(describe("--curves without --networks", "--networks beside it"))
+    common.check_figure("--curves", args.curves)
     settings = {
         "train": train.summary(),
         "test": test.summary(),
@@ -215,6 +249,11 @@ class _Run:
 
         self.args, self.train, self.test, self.y = args, train, test, y
         self.output, self.result = output, result
+        self.heads = common.HEADS if args.heads is None else args.heads
+        self.baselines = args.baselines
+        if self.baselines is None:
+            self.baselines = common.BASELINES if args.heads is None else ()
+        self.curves: dict[str, dict[str, list]] = {}
         self.append_constant = preprocessing.append_constant
         self.classes = np.unique(y)
         self.index = common.class_index(self.classes, test.labels)
@@ -236,15 +275,14 @@ class _Run:
     def all(self) -> Comparison:
         """Every row, in order."""
         self.output.print(line(COLUMNS))
-        for head in self.args.heads:
-            if head == PEER:
-                continue
+        for head in self.heads:
             for activation in ("linear",) if head == "linear" else self.args.activations:
                 self._head(head, activation)
-        if PEER in self.args.heads:
-            self._peer()
+        for name in self.baselines:
+            self._baseline(name)
         if self.args.sum:
             self._sum()
+        self._draw()
         self._footer()
         self.output.write(self.result.as_dict(), self.result.table())
         return self.result
@@ -334,79 +372,140 @@ class _Run:
         if path is not None:
             common.hint_at_the_edge(path, chosen, args.beta_ratios, args.quiet)
         best = getattr(model, "best_estimator_", model)
+        values = self._values(best, name, activation, X_test)
+        values |= {
+            "beta_ratio": chosen,
+            "validation": None if path is None else max(step["score"] for step in path),
+            "seconds": seconds,
+            "fit_seconds": best.history_["seconds"][-1] if best.history_["seconds"] else None,
+            **extra,
+            "path": path,
+        }
+        self._add(Row(values, best))
+        if args.networks and name in common.HEADS and name != "linear":
+            self._networks(name, options, best, X, X_test)
+        if view is not None:
+            attach_view(best, view)
+
+    def _networks(self, name: str, options: dict[str, Any], convex: Any, X: Any, X_test: Any) -> None:
+        """The head's network, trained by AdamW at the beta and with the gates of the fitted convex head."""
+        from convexheads import ConvexHeadClassifier
+
+        args = self.args
+        training = common.training_options(args)
+        rates, seeds = training.pop("learning_rates", CURVE_RATES), training.pop("seeds", CURVE_SEEDS)
+        training["checks"] = CURVE_CHECKS if args.curves else 1
+        activation = options["activation"]
+        gates = common.fixed_gates(convex) if activation == "gated_relu" else options["gates"]
+        options = {**options, "gates": gates, "beta": convex.beta_}
+        curves: dict[str, list] = {"convex": [self._course(options, convex, X)]}
+        for rate in rates:
+            for seed in range(args.seed, args.seed + seeds):
+                common.progress(f"{name} ({activation}) by AdamW, learning rate {rate:g}, seed {seed} ...", args.quiet)
+                model = ConvexHeadClassifier(
+                    **{**options, "random_state": seed},
+                    solver="adamw",
+                    solver_options={**training, "learning_rates": (rate,)},
+                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", NotConvergedWarning)
+                    model.fit(X, self.y)
+                (run_,) = model.runs_
+                values = self._values(model, f"AdamW {rate:g} seed {seed}", activation, X_test)
+                values |= {
+                    "network_of": name,
+                    "learning_rate": rate,
+                    "network_seed": seed,
+                    "seconds": run_["seconds"],
+                    "fit_seconds": run_["seconds"],
+                    "rank": model.history_["rank"][-1],
+                    "history": model.history_,
+                }
+                self._add(Row(values))
+                curves.setdefault(f"AdamW, learning rate {rate:g}", []).append(model.history_)
+        self.curves[f"{name}-{activation}"] = curves
+
+    def _course(self, options: dict[str, Any], convex: Any, X: Any) -> dict[str, list]:
+        """History of the convex solver from a cold start, ending in the proved gap; before it, gaps are estimates."""
+        from convexheads import ConvexHeadClassifier
+
+        if self.args.beta_ratio is None and self.args.curves:
+            # The fit in the table began where the path over beta had ended.
+            common.progress("the convex solver from a cold start ...", self.args.quiet)
+            convex = ConvexHeadClassifier(**options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotConvergedWarning)
+                convex.fit(X, self.y)
+        course = {key: list(values) for key, values in convex.history_.items()}
+        course["objective"].append(convex.certificate_.primal)
+        course["gap"].append(convex.certificate_.relative_gap)
+        course["seconds"].append(course["seconds"][-1])
+        course["rank"].append(convex.rank_)
+        return course
+
+    def _draw(self) -> None:
+        """The curves of every head, a file a head where there are several."""
+        if not self.args.curves:
+            return
+        from convexheads.explain.figures import history_figure, save_figure
+
+        path = Path(self.args.curves)
+        for name, curves in self.curves.items():
+            file = path if len(self.curves) == 1 else path.with_stem(f"{path.stem}-{name}")
+            save_figure(history_figure(curves, name.replace("-", ", "), self.args.tol, log_time=True), file)
+            self.output.print(f"curves of {name}: {file}")
+
+    def _values(self, best: Any, name: str, activation: str, X_test: Any) -> dict[str, Any]:
+        """The numbers of a fitted estimator that all rows have."""
         certificate = best.certificate_
         scores = best.predict_proba(X_test)
-        values = {
+        return {
             "head": name,
             "activation": activation,
             "beta": best.beta_,
-            "beta_ratio": chosen,
+            "beta_ratio": None,
             "rank": best.rank_,
             "objective": certificate.primal,
             "relative_gap": certificate.relative_gap,
             "certified": certificate.certified,
-            "converged": certificate.relative_gap <= args.tol,
-            "validation": None if path is None else max(step["score"] for step in path),
+            "converged": certificate.relative_gap <= self.args.tol,
+            "validation": None,
             "top1": common.topk(scores, self.index, 1),
             "top5": common.topk(scores, self.index, 5),
-            "seconds": seconds,
-            "fit_seconds": best.history_["seconds"][-1] if best.history_["seconds"] else None,
-            "gates": None,
-            "n_blocks": None,
-            **extra,
-            "path": path,
-        }
-        if view is not None:
-            attach_view(best, view)
-        self._add(Row(values, best))
-
-    def _peer(self) -> None:
-        """scikit-learn's logistic regression on the mean token, with C chosen on the same split."""
-        import numpy as np
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        from convexheads.model_selection import split_seed, validation_split
-
-        common.progress("logistic regression ...", self.args.quiet)
-        watch = common.Stopwatch()
-        mean, mean_test = mean_token(self.X), mean_token(self.X_test)
-        labels = np.searchsorted(self.classes, self.y)
-        train, held = validation_split(len(labels), self.args.validation, split_seed(self.args.seed), labels)
-
-        def fitted(C: float, rows: Any) -> Any:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(
-                    mean[rows], labels[rows]
-                )
-
-        scores = {C: float(fitted(C, train).score(mean[held], labels[held])) for C in (0.01, 0.1, 1.0, 10.0)}
-        C = max(scores, key=lambda each: scores[each])
-        model = fitted(C, slice(None))
-        seconds = watch.seconds
-        top = model.decision_function(mean_test)
-        if top.ndim == 1:  # two classes: one column
-            top = np.stack([-top, top], 1)
-        values = {
-            "head": "logistic regression",
-            "activation": "",
-            "beta": 1.0 / (C * len(labels)),
-            "beta_ratio": None,
-            "rank": None,
-            "objective": None,
-            "relative_gap": None,
-            "certified": False,
-            "converged": None,
-            "validation": scores[C],
-            "top1": common.topk(top, self.index, 1),
-            "top5": common.topk(top, self.index, 5),
-            "seconds": seconds,
+            "seconds": None,
             "fit_seconds": None,
             "gates": None,
             "n_blocks": None,
-            "C": C,
+        }
+
+    def _baseline(self, name: str) -> None:
+        """A baseline of common practice, its hyper-parameters chosen on the same split."""
+        import numpy as np
+
+        from convexheads.baselines import make_baseline
+        from convexheads.model_selection import split_seed, validation_split
+
+        baseline = make_baseline(name, self.args.seed, self.args.device)
+        common.progress(f"{baseline.title} ...", self.args.quiet)
+        watch = common.Stopwatch()
+        labels = np.searchsorted(self.classes, self.y)
+        train, held = validation_split(len(labels), self.args.validation, split_seed(self.args.seed), labels)
+        baseline.fit(self.X, labels, train, held)
+        seconds = watch.seconds
+        scores = baseline.scores(self.X_test)
+        values = dict.fromkeys(("beta", "beta_ratio", "rank", "objective", "relative_gap", "fit_seconds"))
+        values |= {
+            "head": baseline.title,
+            "activation": "",
+            "certified": False,
+            "converged": None,
+            "validation": baseline.validation,
+            "top1": common.topk(scores, self.index, 1),
+            "top5": common.topk(scores, self.index, 5),
+            "seconds": seconds,
+            "gates": None,
+            "n_blocks": None,
+            "settings": baseline.settings,
         }
         self._add(Row(values))
 
@@ -418,11 +517,14 @@ class _Run:
     def _footer(self) -> None:
         rows = self.result.table()
         if any(row["converged"] is False for row in rows):
-            self.output.print(f"!  above --tol {self.args.tol:g} when --max-iter was reached")
+            networks = ", or the training of a network ended" if self.args.networks else ""
+            self.output.print(f"!  above --tol {self.args.tol:g} when --max-iter was reached{networks}")
         if any(row["relative_gap"] is not None and not row["certified"] for row in rows):
             self.output.print("?  the bound behind this gap is an estimate, not a proof")
         if any(row["relative_gap"] is None for row in rows):
-            self.output.print("logistic regression: scikit-learn's, on the standardised mean token; not certified")
+            self.output.print(
+                "-  baseline, not certified; its hyper-parameters were chosen on the same part of the training set"
+            )
         if any(row.get("n_blocks") for row in rows):
             blocks = next(row for row in rows if row.get("n_blocks"))
             left = "" if blocks["constant"] or not self.append_constant else ", the constant feature left out"
@@ -466,17 +568,6 @@ def attach_view(model: Any, view: Any) -> None:
     model.n_tokens_in_, model.n_features_in_ = view.n_tokens_in_, view.n_features_in_
 
 
-def mean_token(X: Any) -> Any:
-    """Mean token of every sample (n, d), read in parts."""
-    import numpy as np
-
-    parts = []
-    for start in range(0, len(X), 1024):
-        part = np.asarray(X[start : start + 1024], dtype=np.float64)
-        parts.append(part.mean(1) if part.ndim == 3 else part)
-    return np.concatenate(parts)
-
-
 def line(cells: Sequence[str]) -> str:
     """One line of the table."""
     shown = [cells[0].ljust(_WIDTHS[0]), cells[1].ljust(_WIDTHS[1])]
@@ -487,14 +578,14 @@ def line(cells: Sequence[str]) -> str:
 def formatted(values: dict[str, Any]) -> list[str]:
     """The cells of a row of numbers."""
     gap = values["relative_gap"]
-    shown = "not cert."
+    shown = "-"
     if gap is not None:
         mark = "!" if not values["converged"] else "" if values["certified"] else "?"
         shown = f"{gap:.1e}{mark}"
     return [
         values["head"],
         values["activation"],
-        f"{values['beta']:.2e}",
+        "-" if values["beta"] is None else f"{values['beta']:.2e}",
         "-" if values["rank"] is None else str(values["rank"]),
         "-" if values["objective"] is None else f"{values['objective']:.5f}",
         shown,

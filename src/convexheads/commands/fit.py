@@ -28,6 +28,11 @@ examples:
   convexheads fit tokens/photos --head mlp --activation gated_relu --gates 16 --pca 32 --whiten \\
       --beta-ratio 0.02 --out mlp.safetensors
 
+  # the same head as a network trained by AdamW, with curves; then on to the optimum from its weights
+  convexheads fit tokens/photos --head mlp --beta-ratio 0.02 --solver adamw --learning-rates 0.003,0.01 \\
+      --seeds 3 --plot curves.svg --out network.safetensors
+  convexheads fit tokens/photos --head mlp --beta-ratio 0.02 --init network.safetensors --out mlp.safetensors
+
   # arrays instead of a store: an .npz file with X (n, s, d) and y (n,)
   convexheads fit tokens.npz --head fno --grid 7x7 --out fno.safetensors
 
@@ -50,6 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_preprocessing(parser, common.Preprocessing())
     common.add_validation(parser, "0.3,0.1,0.03,0.01,0.003,0.001", 2)
     common.add_computation(parser)
+    add_solver(parser)
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    """Options of the solver and of its start."""
+    group = parser.add_argument_group(
+        "solver", "factored solves the convex program; adamw and lbfgs train the non-convex network, without a promise"
+    )
+    group.add_argument(
+        "--solver",
+        choices=common.SOLVERS,
+        default=common.SOLVERS[0],
+        help="factored; fista (dense, small sizes); or as baselines adamw and lbfgs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--init", metavar="MODEL", help="saved head of the same kind to start from, such as one trained by adamw"
+    )
+    common.add_training(group)
+    group.add_argument(
+        "--plot", metavar="FILE", help="draw objective and gap over time, for all trained networks: .svg, .png or .pdf"
+    )
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +139,8 @@ def head_parameters(args: argparse.Namespace, tokens: common.Tokens) -> tuple[di
         "verbose": 0 if args.quiet else 1,
         "label_smoothing": args.label_smoothing,
         "class_weight": args.class_weight,
+        "solver": args.solver,
+        "solver_options": common.training_options(args) or None,
     }, preprocessing
 
 
@@ -129,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--out: " + describe(repr(args.out), "a file name that ends in .safetensors"))
     output = common.Output(args.json)
     common.writable(out)
+    common.check_figure("--plot", args.plot)
     tokens = common.open_tokens(args.store, "train")
     labels = tokens.require_labels()
     parameters, preprocessing = head_parameters(args, tokens)
@@ -149,8 +178,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         ratio = 0.02 if args.beta_ratio is None else args.beta_ratio
         model = ConvexHeadClassifier(**parameters, beta=args.beta, beta_ratio=ratio)
+    start = start_from(args, model, tokens)
     with common.prints_to_stderr():
-        model.fit(tokens.X, labels)
+        model.fit(tokens.X, labels, **start)
     seconds = watch.seconds
     if isinstance(model, ConvexHeadClassifierCV):
         common.hint_at_the_edge(model.path_, model.best_beta_ratio_, args.beta_ratios, args.quiet)
@@ -174,10 +204,46 @@ def run(args: argparse.Namespace) -> int:
         "iterations": model.n_iter_,
         "seconds": seconds,
         "path": getattr(model, "path_", None),
+        "solver": args.solver,
+        "message": model.message_,
+        "runs": model.runs_,
     }
+    if args.plot is not None:
+        draw(model, args)
     _show(output, model, result, args)
     output.write(result)
     return 0
+
+
+def start_from(args: argparse.Namespace, model: Any, tokens: common.Tokens) -> dict[str, Any]:
+    """What --init adds to a fit at one beta; the gates of the model are those of the start."""
+    if args.init is None:
+        return {}
+    if args.beta is None and args.beta_ratio is None:
+        raise InputError(describe("--init without a beta", "--beta or --beta-ratio R beside it"))
+    from convexheads.certification import read_weights
+    from convexheads.commands.predict import is_model, load_model
+
+    if not is_model(args.init):
+        weights = read_weights(args.init)
+        if weights.get("gates") is not None:
+            model.set_params(gates=weights["gates"].numpy())
+        return {"init": weights}
+    init = load_model(args.init, tokens)
+    if args.activation == "gated_relu" and init.activation == "gated_relu":
+        model.set_params(gates=common.fixed_gates(init))
+    return {"init": init}
+
+
+def draw(model: Any, args: argparse.Namespace) -> None:
+    """Objective and gap over time; of every network that was trained, where there are several."""
+    from convexheads.explain.figures import history_figure, save_figure
+
+    curves: dict[str, list] = {}
+    for run_ in model.runs_:
+        rate = run_["learning_rate"]
+        curves.setdefault(args.solver if rate is None else f"learning rate {rate:g}", []).append(run_["history"])
+    save_figure(history_figure(curves or model.history_, None, args.tol, log_time=bool(curves)), args.plot)
 
 
 def _show(output: common.Output, model: Any, result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -191,6 +257,8 @@ def _show(output: common.Output, model: Any, result: dict[str, Any], args: argpa
     output.print(f"beta            {model.beta_:.4g}{share}{chosen}")
     for line in certificate_lines(model.certificate_):
         output.print(line)
+    if not result["converged"]:
+        output.print(f"stopped         {result['message']}")
     output.print(f"train accuracy  {common.percent(result['train_accuracy'])}")
     output.print(f"saved           {args.out}  ({result['seconds']:.1f} s)")
 

@@ -39,6 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
 
 
+def is_model(path: str) -> bool:
+    """Whether a file was written by ``convexheads fit``; False for one that holds plain weights, or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            return "convexheads" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_model(path: str, tokens: common.Tokens) -> Any:
     """A saved classifier, checked against the tokens it will be given.
 

@@ -449,35 +449,44 @@ def evidence_figure(
     return figure
 
 
-def history_figure(histories: Mapping[str, Any] | Any, title: str | None = None, tol: float | None = None) -> Any:
+def history_figure(
+    histories: Mapping[str, Any] | Any, title: str | None = None, tol: float | None = None, log_time: bool = False
+) -> Any:
     """Objective and relative duality gap against seconds, at each check of the fit.
 
     Parameters
     ----------
-    histories : ``history_`` of an estimator, an estimator, or several of either by name.
+    histories : ``history_`` of an estimator, an estimator, or several of either by name; a list under one name is
+        drawn in one colour, such as the seeds of one learning rate.
     title : above the figure.
     tol : relative gap at which fitting stopped, drawn as a line; None: none.
+    log_time : seconds on a logarithmic axis.
     """
     if not isinstance(histories, Mapping) or "objective" in histories:
         histories = {"": histories}
     figure = new_figure(8.2 if len(histories) == 1 else 10.0, 3.4)
     left, right = figure.subplots(1, 2)
-    for i, (name, history) in enumerate(histories.items()):
-        if not isinstance(history, Mapping):
-            history = Fitted(history).estimator.history_
-        seconds = np.asarray(history["seconds"], dtype=np.float64)
-        gap = np.asarray(history["gap"], dtype=np.float64)
+    for i, (name, several) in enumerate(histories.items()):
         style = {"color": PALETTE[i % len(PALETTE)], "ls": ("-", "--", ":", "-.")[i // len(PALETTE) % 4], "lw": 1.3}
-        left.plot(seconds, history["objective"], marker="o", ms=2.5, **style)
-        good = np.isfinite(gap)
-        right.plot(seconds[good], np.maximum(gap[good], NO_GAP), marker="o", ms=2.5, label=name or None, **style)
+        for place, history in enumerate(several if isinstance(several, (list, tuple)) else [several]):
+            if not isinstance(history, Mapping):
+                history = Fitted(history).estimator.history_
+            seconds = np.asarray(history["seconds"], dtype=np.float64)
+            gap = np.asarray(history["gap"], dtype=np.float64)
+            left.plot(seconds, history["objective"], marker="o", ms=2.5, **style)
+            good = np.isfinite(gap)
+            label = None if place else name or None
+            right.plot(seconds[good], np.maximum(gap[good], NO_GAP), marker="o", ms=2.5, label=label, **style)
     left.set(xlabel="seconds", ylabel="objective", title="Objective")
     right.set(xlabel="seconds", ylabel="gap / objective", title="Relative duality gap", yscale="log")
     if tol is not None:
         right.axhline(tol, color="0.4", lw=0.8, ls="--")
         right.annotate("tol", (1.0, tol), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for axis in (left, right):
-        axis.set_xlim(0, None)
+        if log_time:
+            axis.set_xscale("log")
+        else:
+            axis.set_xlim(0, None)
         _tidy(axis)
     if any(histories):
         figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right upper")

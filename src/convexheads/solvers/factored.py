@@ -215,11 +215,12 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
     return Factors(units, factors.intercept)
 
 
-def _pick(gate: Tensor | None, index: Tensor) -> Tensor | None:
+def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
+    """The gates of some units, or None where there are no gates."""
     return None if gate is None else gate[index]
 
 
-def _join(first: Units, second: Units) -> Units:
+def join_units(first: Units, second: Units) -> Units:
     """The units of both, in order of their gates."""
     assert first.u is not None
     assert second.u is not None
@@ -243,7 +244,7 @@ def _padded(vector: Factors, shapes: Factors) -> Tensor:
             spare = new.gate.bincount() - old.gate.bincount(minlength=int(new.gate.max()) + 1)
             gate = torch.arange(len(spare), device=spare.device).repeat_interleave(spare)
         zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
-        units.append(_join(old, zeros))
+        units.append(join_units(old, zeros))
     return Factors(units, vector.intercept).flat()
 
 
@@ -266,7 +267,7 @@ def largest(factors: Factors, count: int) -> Factors:
             found.append(units)
             continue
         kept = (size >= least).nonzero()[:, 0]
-        found.append(Units(units.u[kept], units.v[kept], _pick(units.gate, kept)))
+        found.append(Units(units.u[kept], units.v[kept], pick_gates(units.gate, kept)))
     return Factors(found, factors.intercept)
 
 
@@ -354,7 +355,7 @@ class Factored:
             if component.gates is not None:
                 gate = torch.tensor([pair.gate for pair, _ in own], device=problem.device)
             shape_v = (component.form.value_width, component.width)
-            units.append(_join(old, Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape_v), gate)))
+            units.append(join_units(old, Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape_v), gate)))
         return Factors(units, factors.intercept)
 
     def _step_sizes(self, factors: Factors, pairs: list[SingularPair]) -> list[float]:
@@ -518,7 +519,7 @@ class Factored:
                 units.append(old)
                 continue
             chosen = torch.randperm(len(new.v), generator=self.generator)[:room].sort().values.to(problem.device)
-            units.append(_join(old, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
+            units.append(join_units(old, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen))))
         start = Factors(units, init.intercept)
         norm = 0.5 * start_scale(problem, max(1, start.n_units))
         return adam_epochs(
@@ -548,7 +549,7 @@ class Factored:
             saturated = len(small.v) == len(full.v)
             extra = max(0, min(room, len(new.v), len(full.v) if saturated else len(small.v) // 6))
             chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
-            units.append(_join(small, Units(new.u[chosen], new.v[chosen], _pick(new.gate, chosen))))
+            units.append(join_units(small, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen))))
         return Factors(units, factors.intercept)
 
     @staticmethod

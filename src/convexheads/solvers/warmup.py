@@ -7,7 +7,7 @@ beta sum_j ||u_j||^2 a fair part of the loss at zero, ||u_j|| is known up to a s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,6 +17,22 @@ from convexheads.types import Factors
 BATCH = 256
 SHARE = 0.03
 """Step size as a share of the expected root mean square of an entry."""
+
+
+def minibatches(problem: Problem, variables: Factors, size: int, generator: torch.Generator) -> Iterator[Factors]:
+    """One epoch: the objective's gradient at ``variables`` on each shuffled mini-batch of ``size`` samples.
+
+    Its mean over an epoch is the full gradient; ``variables`` may change between two of them.
+    """
+    dtype = variables.tensors()[0].dtype
+    order = torch.randperm(problem.n, generator=generator).to(problem.device)
+    for index in order.split(size):
+        stats = problem.stats_of(index, dtype)
+        targets, weights = problem.targets_of(index, dtype)
+        gradient = variables.like(torch.zeros_like(variables.flat()))
+        problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+        problem.add_decay(variables, gradient)
+        yield gradient
 
 
 def adam_epochs(
@@ -30,7 +46,6 @@ def adam_epochs(
 
     ``scale(k)`` is the norm that a unit of component k is expected to have.
     """
-    dtype = factors.tensors()[0].dtype
     variables = factors.like(factors.flat().clone())
     rates: list[float] = []
     for k, (component, units) in enumerate(zip(problem.components, variables.units, strict=True)):
@@ -45,13 +60,7 @@ def adam_epochs(
     steps = epochs * math.ceil(problem.n / BATCH)
     step = 0
     for _ in range(epochs):
-        order = torch.randperm(problem.n, generator=generator).to(problem.device)
-        for index in order.split(BATCH):
-            stats = problem.stats_of(index, dtype)
-            targets, weights = problem.targets_of(index, dtype)
-            gradient = factors.like(torch.zeros_like(factors.flat()))
-            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
-            problem.add_decay(variables, gradient)
+        for gradient in minibatches(problem, variables, BATCH, generator):
             step += 1
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
             for t, g, m, v, rate in zip(tensors, gradient.tensors(), first, second, rates, strict=True):
