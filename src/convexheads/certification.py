@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError, describe
+from convexheads.gates import ACTIVATIONS
 from convexheads.heads import Branch, ConvexHead, group_form, make_branch
 from convexheads.inputs import TokenRows, as_tokens
 from convexheads.losses import make_loss
@@ -58,7 +59,7 @@ def certify(
 
     Parameters
     ----------
-    trained : a fitted estimator of this package; a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
+    trained : a fitted estimator of this package (with ``activation="relu"``: its gated program is certified); a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
         a dict of weights for ``head`` and ``activation``: ``u`` (m, *u_shape) and ``v`` (m, k, c) as in the table of
         heads, ``v`` also (m, c) where k = 1; for gated heads ``gates`` (P, *u_shape) and ``gate`` (m,), the gate of
         each unit; optionally ``intercept`` (c,). For block_fno each of u, v, gates and gate is a sequence with one
@@ -103,6 +104,8 @@ def certify(
     elif isinstance(trained, ConvexHead):
         beta = trained.beta if beta is None else beta
         branches, factors = trained.resolved_branches(), _on_cpu(trained.factors())
+        if any(branch.activation == "relu" for branch in branches):
+            raise _no_program("a module of ReLU units")
         for branch in branches:
             branch.gates = [None if gates is None else gates.cpu() for gates in branch.gates]
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
@@ -238,6 +241,8 @@ def _from_weights(
         raise InputError(
             "weights: " + describe(f"the keys {sorted(weights)}", "at least v, and u unless head='linear'")
         )
+    if isinstance(activation, str) and activation == "relu":
+        raise _no_program("'relu'")
     if pooling not in ("mean", None):
         raise InputError("pooling: " + describe(repr(pooling), "'mean', or None for token-level outputs"))
     blocks = head == "block_fno"
@@ -265,6 +270,18 @@ def _from_weights(
         if intercept.shape != (outputs,):
             raise InputError("intercept: " + describe(f"shape {tuple(intercept.shape)}", f"({outputs},)"))
     return branch, components, Factors(units, intercept)
+
+
+def _no_program(got: str) -> InputError:
+    return InputError(
+        "activation: "
+        + describe(
+            f"{got}, whose optimum is not a convex program of this form",
+            f"one of {', '.join(ACTIVATIONS)}",
+            "Compare with the gated network of its own patterns: gates = its u; or fit with activation='relu', "
+            "which brackets the optimum.",
+        )
+    )
 
 
 def _listed(gates: Any, blocks: bool) -> list:

@@ -87,6 +87,12 @@ class Problem:
         other.beta = float(beta)
         return other
 
+    def with_components(self, components: list[Component]) -> Problem:
+        """Other components on the same tokens, targets and beta; statistics are not shared."""
+        other = self.with_beta(self.beta)
+        other.components, other._cache = components, {}
+        return other
+
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """The same program with iterations in another dtype, sharing tokens and caches."""
         other = object.__new__(Problem)
@@ -99,7 +105,8 @@ class Problem:
 
     # Tokens and statistics --------------------------------------------------------------------------------
 
-    def _rows(self, branch: int, index: slice | Tensor) -> Tensor:
+    def tokens_of(self, branch: int, index: slice | Tensor) -> Tensor:
+        """Tokens (rows, s, d) of a branch, on the problem's device."""
         source = self.tokens[branch]
         part = source[index if isinstance(index, slice) or isinstance(source, Tensor) else index.cpu().numpy()]
         return torch.as_tensor(part).to(self.device)
@@ -109,7 +116,7 @@ class Problem:
         found = []
         for component in self.components:
             if component.branch not in tokens:
-                tokens[component.branch] = self._rows(component.branch, index)
+                tokens[component.branch] = self.tokens_of(component.branch, index)
             found.append(component.stats(tokens[component.branch], dtype))
         return found
 
@@ -362,7 +369,7 @@ class Problem:
             if cached is not None:
                 stats, g = tuple(t[index] for t in cached[k]), gate
             else:
-                stats = single.stats(self._rows(component.branch, index), dtype)
+                stats = single.stats(self.tokens_of(component.branch, index), dtype)
                 g = None if gate is None else 0
             part = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             if component.ridge:

@@ -16,6 +16,7 @@ Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -69,6 +70,8 @@ class Architecture:
     """True for a head without mixing weights: penalty (beta/2) ||v||_F^2 instead of a nuclear norm."""
     reductions: ClassVar[dict[tuple[str, bool], type[Architecture]]] = {}
     """(activation, pooled) -> a cheaper form with the same outputs and norms."""
+    rectified: bool = False
+    """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 
     def __init__(
         self,
@@ -134,8 +137,15 @@ class Architecture:
         raise NotImplementedError
 
     def form(self, activation: str) -> Architecture:
-        """The cheapest form for this activation; the same object where there is no reduction."""
+        """The cheapest form for this activation; the same object where there is no reduction.
+
+        For ``relu`` it is the definition with ``rectified`` set: a network's units, no convex program.
+        """
         reduced = self.reductions.get((activation, self.pooled))
+        if reduced is None and activation == "relu":
+            form = copy.copy(self)
+            form.rectified = True
+            return form
         if reduced is None:
             return self
         return reduced(self.tokens, self.features, self.outputs, self.pooled, self.grid, self.n_blocks)
@@ -153,11 +163,13 @@ class Architecture:
         return (X,) if gates is None else (X, self.masks(X, gates))
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        """Features that v acts on, linear in u.
+        """Features that v acts on, linear in u (of a rectified form: in |u| only).
 
         u (m, *u_shape), gate (m,) the gate of each unit -> (n, m, k) pooled, (n, s, m, k) token-level.
         """
         H = self.hidden(stats[0], u)
+        if self.rectified:
+            H = torch.relu(H)
         if gate is not None:
             H = H * stats[1][:, gate]
         T = self.values(stats[0], H)
