@@ -59,7 +59,8 @@ def certify(
 
     Parameters
     ----------
-    trained : a fitted estimator of this package (with ``activation="relu"``: its gated program is certified); a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
+    trained : a fitted estimator of this package (one with ``activation="relu"`` stands for its gated
+        program, which is what is certified); a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
         a dict of weights for ``head`` and ``activation``: ``u`` (m, *u_shape) and ``v`` (m, k, c) as in the table of
         heads, ``v`` also (m, c) where k = 1; for gated heads ``gates`` (P, *u_shape) and ``gate`` (m,), the gate of
         each unit; optionally ``intercept`` (c,). For block_fno each of u, v, gates and gate is a sequence with one

@@ -224,8 +224,8 @@ class HeadUnits(nn.Module):
     """The units of one channel group of a branch, as a module: tokens (n, s, d) -> (n[, s], c of the group).
 
     ``u`` (m, *u_shape) and ``v`` (m, k, c) are parameters, ``gates`` (P, *u_shape) a buffer in float64, because a
-    mask is a sign and must not depend on rounding. Gated units are evaluated from the definition, and so are ReLU units,
-    which have no gates.
+    mask is a sign and must not depend on rounding. Gated units are evaluated from the definition, and so are ReLU
+    units, which have no gates.
     """
 
     gates: Tensor | None

@@ -49,7 +49,7 @@ def _proves(gram: Tensor, inner: int, frobenius: float, tau: float) -> bool:
 
 
 def _below(S: Tensor, rounding: float, bound: float) -> bool:
-    """True if all eigenvalues of symmetric S, known up to ``rounding`` in the 2-norm, are proved below ``bound`` > 0."""
+    """True if all eigenvalues of S, symmetric and known to ``rounding`` in the 2-norm, are proved below ``bound``."""
     shifted = -S
     diagonal = shifted.diagonal()
     diagonal += bound

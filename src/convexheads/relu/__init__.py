@@ -3,10 +3,11 @@
 from convexheads.relu.arrangement import cover_bound, enumerate_cells
 from convexheads.relu.bracket import Bracket, find_bracket
 from convexheads.relu.network import check_cones, convert, enumerate_gates, refine
-from convexheads.relu.relaxation import cone_bound
+from convexheads.relu.relaxation import LowerBound, cone_bound
 
 __all__ = [
     "Bracket",
+    "LowerBound",
     "check_cones",
     "cone_bound",
     "convert",

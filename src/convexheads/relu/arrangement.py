@@ -118,7 +118,7 @@ def _traces(A: Array, normal: Array, most: int) -> Array:
 
 
 def _clearance(A: Array, points: Array, normal: Array) -> Array:
-    """Half the way that every point can go along ``normal`` before it meets a hyperplane of A; 1 where there is none."""
+    """Half the way that every point can go along ``normal`` before it meets a hyperplane of A; 1 if there is none."""
     if not len(A) or not len(points):
         return np.ones(len(points))
     speed = np.abs(A @ normal)

@@ -1,4 +1,4 @@
-"""Both sides of a ReLU network's global optimum: a certified lower bound, and the objective of a network that was found.
+"""Both sides of a ReLU network's global optimum: a certified lower bound, and the objective of a network found.
 
     p_gated(all patterns) <= p_cones <= p_relu <= min(conversion, local refinement)
 
@@ -19,6 +19,8 @@ from convexheads.relu.network import convert, own_signs, refine
 from convexheads.relu.relaxation import cone_bound
 from convexheads.types import Factors
 
+ROUNDING = 1e-9
+"""Relative size of what may be rounding where lower and upper bound meet."""
 REFINED = "local refinement of the converted network"
 CONVERTED = "conversion of the gated solution"
 REREAD = "local refinement from the gated units with masks of their own"
@@ -116,23 +118,24 @@ def find_bracket(
     values = {name: network.value(found, torch.float64) for name, found in starts.items()}
     # Of equal objectives the one that was reached with less.
     best = min(values, key=lambda name: values[name])
-    lower, by = certificate, "gated program"
+    lower, proved, by = certificate.dual, certificate.certified, "gated program"
     if bound == "cones" and covers_all_patterns:
-        lower, by = cone_bound(program, network, factors, certificate), "cones relaxed, semidefinite program"
+        tighter = cone_bound(program, network, factors, certificate)
+        lower, proved, by = tighter.value, tighter.proved, "cones relaxed, semidefinite program"
     gates = zip(program.components, network.components, strict=True)
     n_patterns = sum(component.n_gates for component, own in gates if own.form.rectified)
-    dual, upper = lower.dual, values[best]
-    if covers_all_patterns:
+    upper = values[best]
+    if covers_all_patterns and lower <= upper * (1 + ROUNDING):
         # Where the two meet rounding could put them in the wrong order; a smaller lower bound is as true.
-        dual = min(dual, upper)
+        lower = min(lower, upper)
     return starts[best], Bracket(
-        dual,
+        lower,
         upper,
         covers_all_patterns,
         n_patterns,
-        min(certificate.dual, dual),
+        min(certificate.dual, lower),
         values[CONVERTED],
         by,
         best,
-        lower.certified,
+        proved,
     )

@@ -73,7 +73,9 @@ def dense_preactivations(network: Problem, k: int) -> np.ndarray | None:
     hidden = component.form.hidden(X, torch.zeros(1, *component.form.u_shape).to(X)).numel()
     if network.n * hidden * component.p > MOST_ENTRIES:
         return None
-    return preactivations(component.form, network.tokens_of(component.branch, slice(0, network.n))[..., component.inputs])
+    return preactivations(
+        component.form, network.tokens_of(component.branch, slice(0, network.n))[..., component.inputs]
+    )
 
 
 def check_cones(program: Problem, network: Problem) -> None:
@@ -95,7 +97,7 @@ def check_cones(program: Problem, network: Problem) -> None:
                 raise InputError(
                     "gates: "
                     + describe(
-                        f"gate {g}, which has pre-activations of zero that no other weight with its mask moves off zero",
+                        f"gate {g}, which has pre-activations of zero that no weight with its mask moves off zero",
                         "gates of patterns that some weight has without any zero",
                         "Draw gates at random (a number of gates), or enumerate the patterns (gates='all').",
                     )
@@ -120,7 +122,9 @@ def convert(program: Problem, network: Problem, factors: Factors) -> Factors:
 
 def _convert_units(program: Problem, network: Problem, k: int, units: Units) -> Units:
     gates = program.components[k].gates
-    assert units.u is not None and units.gate is not None and gates is not None
+    assert units.u is not None
+    assert units.gate is not None
+    assert gates is not None
     H = dense_preactivations(network, k)
     if not len(units.v):
         pairs = []
@@ -136,7 +140,8 @@ def _convert_units(program: Problem, network: Problem, k: int, units: Units) -> 
 
 
 def _cheapest_pairs(H: np.ndarray, units: Units, gates: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    assert units.u is not None and units.gate is not None
+    assert units.u is not None
+    assert units.gate is not None
     cones: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     pairs = []
     for u, g in zip(units.u.flatten(1).cpu().numpy(), units.gate.tolist(), strict=True):
@@ -151,7 +156,8 @@ def _cheapest_pairs(H: np.ndarray, units: Units, gates: Tensor) -> list[tuple[np
 
 def _closed_pairs(network: Problem, k: int, units: Units, gates: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs by the closed form, with pre-activations of a few samples at a time."""
-    assert units.u is not None and units.gate is not None
+    assert units.u is not None
+    assert units.gate is not None
     component = network.components[k]
     own = gates[units.gate.to(gates.device)].double()
     least = torch.full((len(units.v),), math.inf, dtype=torch.float64, device=units.v.device)

@@ -11,8 +11,8 @@ doubly non-negative relaxation of the cone (Shor's relaxation with products of t
 
 because (R_D u)^T N (R_D u) >= 0 on the cone. By a Schur complement this is linear in (L, N): a semidefinite program.
 For cones with at most four faces the relaxation is exact, since doubly non-negative matrices of that order are
-completely positive (Diananda 1962; Maxfield and Minc 1962); then the bound is that of the copositive program of Sahiner,
-Ergen, Pauly and Pilanci, Vector-output ReLU neural network problems are copositive programs, ICLR 2021.
+completely positive (Diananda 1962; Maxfield and Minc 1962); then the bound is that of the copositive program of
+Sahiner, Ergen, Pauly and Pilanci, Vector-output ReLU neural network problems are copositive programs, ICLR 2021.
 
 What is reported does not rest on the conic solver: its L and N are made feasible and evaluated in float64, with the
 matrix inequality proved by Cholesky factorisations.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,22 @@ ROUNDS = 30
 """Most semidefinite programs that are solved, each with the constraints that the one before violated."""
 BATCH = 48
 """Most constraints that are added at a time."""
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """A dual value: no ReLU network is below it, where the constraints stand for all patterns.
+
+    Attributes
+    ----------
+    value : the bound.
+    proved : whether it is proved, not estimated.
+    theta : bounds on max ||Gamma_D^T u|| / w over unit vectors u of the cones, before L was scaled to feasibility.
+    """
+
+    value: float
+    proved: bool
+    theta: Interval
 
 
 @dataclass
@@ -73,14 +89,16 @@ class _Block:
         size = float(gamma.square().sum() + (R.abs().mT @ positive @ R.abs()).norm())
         # Rows of R are known to rounding: a member of the cone may miss a face by that much.
         slack = 1e-13 * float(positive.sum())
-        found = largest_eigenvalue(gamma @ gamma.mT + product + slack * torch.eye(len(product)), size, max(*gamma.shape, len(R)))
+        found = largest_eigenvalue(
+            gamma @ gamma.mT + product + slack * torch.eye(len(product)), size, max(*gamma.shape, len(R))
+        )
         theta = math.nextafter(math.sqrt(max(found.upper, 0.0)), math.inf)
         if not theta < plain.upper:
             return plain
         return Interval(min(theta, math.sqrt(max(found.lower, 0.0))), theta, found.method, True)
 
 
-def cone_bound(program: Problem, network: Problem, factors: Factors, certificate: Certificate) -> Certificate:
+def cone_bound(program: Problem, network: Problem, factors: Factors, certificate: Certificate) -> LowerBound:
     """A lower bound on every ReLU network, where the gates of ``program`` are all patterns.
 
     Parameters
@@ -90,10 +108,8 @@ def cone_bound(program: Problem, network: Problem, factors: Factors, certificate
 
     Returns
     -------
-    Certificate
-        ``dual`` is the bound, never below that of ``certificate``; ``primal`` is the gated solution's objective, or the
-        bound where that is larger, and no value of a network. ``sigma_max`` bounds
-        max ||Gamma_D^T u|| / w over unit vectors u of the cones.
+    LowerBound
+        Never below ``certificate.dual``, the gated program's own bound, which is returned where the conic solver fails.
 
     Raises
     ------
@@ -108,7 +124,7 @@ def cone_bound(program: Problem, network: Problem, factors: Factors, certificate
     shape = L.shape
     point = L.reshape(-1, program.outputs).cpu().numpy()
     active = _most_violated(blocks, point, 0.9, set())
-    best = certificate
+    best = LowerBound(certificate.dual, certificate.certified, certificate.sigma_max)
     for _ in range(ROUNDS):
         found = _solve(conic, program, blocks, ridges, sorted(active))
         if found is None:
@@ -117,7 +133,7 @@ def cone_bound(program: Problem, network: Problem, factors: Factors, certificate
         inside = _into_domain(program, torch.from_numpy(point).to(program.device).view(shape))
         point = inside.reshape(-1, program.outputs).cpu().numpy()
         bound = _evaluate(program, blocks, multipliers, ridges, inside, factors)
-        best = max(best, bound, key=lambda each: each.dual)
+        best = max(best, bound, key=lambda each: each.value)
         added = _most_violated(blocks, point, 1.0 + 1e-7, active)
         if not added:
             break
@@ -274,7 +290,7 @@ def _evaluate(
     ridges: list[tuple[np.ndarray, float, slice]],
     L: Tensor,
     factors: Factors,
-) -> Certificate:
+) -> LowerBound:
     """The dual value on the ray of L, with every constraint proved."""
     point = L.reshape(-1, program.outputs).cpu().numpy()
     lower, upper, proved = 0.0, 0.0, True
@@ -288,5 +304,5 @@ def _evaluate(
             methods.add(found.method)
     ridge = sum(float(np.square(T.T @ point[:, outputs]).sum()) / (2 * bound) for T, bound, outputs in ridges)
     sigma = Interval(lower, upper, ", ".join(sorted(methods)), proved)
-    found = rescaled_bound(program, L, L, sigma, ridge, math.inf, factors.intercept)
-    return replace(found, primal=found.dual, gap=0.0, relative_gap=0.0)
+    bound = rescaled_bound(program, L, L, sigma, ridge, math.inf, factors.intercept)
+    return LowerBound(bound.dual, bound.certified, sigma)
