@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-EXTRAS := backbones,datasets,plots,report,onnx,dev
+EXTRAS := backbones,datasets,plots,report,relu,onnx,dev
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 STAMP := .venv/.installed

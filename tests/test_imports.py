@@ -45,7 +45,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The command line imports lazily, inside functions, so that `--help` is fast.
 LAZY = {"cli", "commands"}
 
-OPTIONAL = ["transformers", "timm", "onnx", "onnxruntime", "matplotlib", "pyarrow", "pandas", "jinja2"]
+OPTIONAL = ["transformers", "timm", "onnx", "onnxruntime", "matplotlib", "pyarrow", "pandas", "jinja2", "cvxpy"]
 
 FILES = sorted(SOURCE.rglob("*.py"))
 ids = [str(path.relative_to(SOURCE)) for path in FILES]

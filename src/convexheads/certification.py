@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import DataError, InputError, describe
+from convexheads.gates import ACTIVATIONS
 from convexheads.heads import Branch, ConvexHead, group_form, make_branch
 from convexheads.inputs import TokenRows, as_tokens
 from convexheads.losses import make_loss
@@ -60,7 +61,8 @@ def certify(
 
     Parameters
     ----------
-    trained : a fitted estimator of this package; a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
+    trained : a fitted estimator of this package (one with ``activation="relu"`` stands for its gated
+        program, which is what is certified); a :class:`~convexheads.heads.ConvexHead`, trained further or not; or
         a dict of weights for ``head`` and ``activation``: ``u`` (m, *u_shape) and ``v`` (m, k, c) as in the table of
         heads, ``v`` also (m, c) where k = 1; for gated heads ``gates`` (P, *u_shape) and ``gate`` (m,), the gate of
         each unit; optionally ``intercept`` (c,). For block_fno each of u, v, gates and gate is a sequence with one
@@ -105,6 +107,8 @@ def certify(
     elif isinstance(trained, ConvexHead):
         beta = trained.beta if beta is None else beta
         branches, factors = trained.resolved_branches(), _on_cpu(trained.factors())
+        if any(branch.activation == "relu" for branch in branches):
+            raise _no_program("a module of ReLU units")
         for branch in branches:
             branch.gates = [None if gates is None else gates.cpu() for gates in branch.gates]
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
@@ -240,6 +244,8 @@ def _from_weights(
         raise InputError(
             "weights: " + describe(f"the keys {sorted(weights)}", "at least v, and u unless head='linear'")
         )
+    if isinstance(activation, str) and activation == "relu":
+        raise _no_program("'relu'")
     if pooling not in ("mean", None):
         raise InputError("pooling: " + describe(repr(pooling), "'mean', or None for token-level outputs"))
     blocks = head == "block_fno"
@@ -340,6 +346,18 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: " + describe(f"a {type(held).__name__} of other things than tensors", expected))
     prefixes = {str(name).rpartition(".")[0] for name in held}
     return {str(name).rpartition(".")[2] if len(prefixes) == 1 else str(name): held[name] for name in held}
+
+
+def _no_program(got: str) -> InputError:
+    return InputError(
+        "activation: "
+        + describe(
+            f"{got}, whose optimum is not a convex program of this form",
+            f"one of {', '.join(ACTIVATIONS)}",
+            "Compare with the gated network of its own patterns: gates = its u; or fit with activation='relu', "
+            "which brackets the optimum.",
+        )
+    )
 
 
 def _listed(gates: Any, blocks: bool) -> list:

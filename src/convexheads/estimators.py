@@ -21,17 +21,19 @@ from sklearn.utils.validation import _check_sample_weight, _get_feature_names, c
 
 from convexheads.architectures import architecture_class
 from convexheads.certification import check_same_gates, factors_of_weights
-from convexheads.errors import InputError, NotConvergedWarning, describe
+from convexheads.errors import InputError, NotConvergedWarning, describe, require
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
 from convexheads.inputs import TokenRows, as_tokens
 from convexheads.losses import make_loss
 from convexheads.problem import Problem, Rows
+from convexheads.relu import Bracket, check_cones, enumerate_gates, find_bracket
 from convexheads.solvers import Solution, solver_function
 from convexheads.solvers.polish import polish
 from convexheads.subspace import beta_max, branch_scale
 from convexheads.types import Factors, Units
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+RELU_BOUNDS = ("gated", "cones")
 SMALL_PROBLEM = 500_000
 """Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
 TINY_PROBLEM = 5_000
@@ -134,6 +136,8 @@ class _ConvexHeadEstimator(BaseEstimator):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}: " + describe(repr(value), "an integer >= 1" + (", or None" if none else "")))
 
+        if not isinstance(self.relu_bound, str) or self.relu_bound not in RELU_BOUNDS:
+            raise InputError("relu_bound: " + describe(repr(self.relu_bound), "'gated' or 'cones'"))
         number("beta", none=True)
         number("beta_ratio")
         number("tol")
@@ -171,6 +175,8 @@ class _ConvexHeadEstimator(BaseEstimator):
             auto_weight.append(options.get("weight") is None)
             shape = (int(own.shape[1]), int(own.shape[2]))
             pooled = self.pooling is not None
+            if _is_all(options.get("gates")) and options.get("activation") != "linear":
+                options["gates"] = _all_gates(options, shape, targets.shape[-1], pooled, own)
             branches.append(make_branch(options, shape, targets.shape[-1], pooled, rng))
             rows.append(own)
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
@@ -205,7 +211,13 @@ class _ConvexHeadEstimator(BaseEstimator):
 
     def _fit_problem(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str, init: Any) -> Any:
         self._check_parameters()
+        covered = self._covers_all_patterns()
         problem, branches = self._build(X, targets, weights, loss)
+        network = None
+        if any(branch.activation == "relu" for branch in branches):
+            components = [c for index, branch in enumerate(branches) for c in branch.network().components(index)]
+            network = problem.with_components(components)
+            check_cones(problem, network)
         self.beta_max_ = beta_max(problem)
         beta = self.beta if self.beta is not None else self.beta_ratio * self.beta_max_
         # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
@@ -226,10 +238,41 @@ class _ConvexHeadEstimator(BaseEstimator):
         # A trained network stays as training left it.
         if tiny and solution.converged and solver.promises_tol:
             solution = polish(problem, solution)
+        self._network: Factors | None = None
+        self.bracket_: Bracket | None = None
+        if network is not None:
+            found, self.bracket_ = find_bracket(
+                problem,
+                network.with_beta(problem.beta),
+                solution.factors,
+                solution.certificate,
+                covers_all_patterns=covered,
+                bound=self.relu_bound,
+                steps=int(self.max_iter),
+            )
+            self._network = _on_cpu(found)
         self._keep(problem, branches, solution, loss)
         if not solution.converged:
             warnings.warn(not_converged(solution, float(self.tol)), NotConvergedWarning, stacklevel=3)
         return self
+
+    def _covers_all_patterns(self) -> bool:
+        """Whether every ReLU head was asked to have the gates of all patterns."""
+        heads = [options for options in self._head_options() if options["activation"] == "relu"]
+        heads = [options for options in heads if not architecture_class(options["head"]).ridge]
+        covered = all(_is_all(options["gates"]) for options in heads)
+        if heads and self.relu_bound == "cones" and not covered:
+            raise InputError(
+                "relu_bound: "
+                + describe(
+                    "'cones' with sampled or given gates, for which no lower bound holds",
+                    "gates='all' beside it",
+                    "That enumerates all patterns, which takes tiny data; or use relu_bound='gated'.",
+                )
+            )
+        if heads and self.relu_bound == "cones":
+            require("cvxpy", "relu")
+        return covered
 
     def _keep(self, problem: Problem, branches: list[Branch], solution: Solution, loss: str) -> None:
         self.loss_ = loss
@@ -265,24 +308,27 @@ class _ConvexHeadEstimator(BaseEstimator):
 
     @property
     def intercept_(self) -> np.ndarray | None:
-        """The intercept (c,), or None."""
+        """The intercept (c,), or None: that of the head that predicts."""
         check_is_fitted(self)
-        return None if self._factors.intercept is None else self._factors.intercept.numpy().copy()
+        intercept = (self._factors if self._network is None else self._network).intercept
+        return None if intercept is None else intercept.numpy().copy()
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_factors")
 
     def to_module(self, dtype: torch.dtype | None = None) -> ConvexHead:
         """The head as a torch.nn.Module: (n, s, d) -> logits (n, c), or (n, s, c), of a classifier; predictions of a
-        regressor.
+        regressor. With activation ``relu`` it is the ReLU network, not the gated head of ``blocks_``.
 
         Parameters
         ----------
         dtype : dtype of the weights; default: the estimator's ``dtype``.
         """
         check_is_fitted(self)
-        head = ConvexHead(self._branches, self._factors, DTYPES[self.dtype] if dtype is None else dtype, self.beta_)
-        return head.eval()
+        branches, factors = self._branches, self._factors
+        if self._network is not None:
+            branches, factors = [branch.network() for branch in branches], self._network
+        return ConvexHead(branches, factors, DTYPES[self.dtype] if dtype is None else dtype, self.beta_).eval()
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs (n[, s], c) in chunks of samples."""
@@ -292,7 +338,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         self._check_tokens(tuple(tokens.shape))
         module = self.to_module(self._precision).to(resolve_device(self.device))
         weight = next(module.parameters())
-        step = max(16, min(1024, 2**25 // (int(np.prod(tokens.shape[1:])) * max(1, self._factors.n_units))))
+        n_units = (self._factors if self._network is None else self._network).n_units
+        step = max(16, min(1024, 2**25 // (int(np.prod(tokens.shape[1:])) * max(1, n_units))))
         with torch.no_grad():
             parts = [
                 module(tokens[i : i + step].to(weight.device, weight.dtype)).double().cpu()
@@ -375,6 +422,23 @@ class _ConvexHeadEstimator(BaseEstimator):
         save_estimator(self, path)
 
 
+def _is_all(gates: Any) -> bool:
+    return isinstance(gates, str) and gates == "all"
+
+
+def _all_gates(
+    options: dict[str, Any], shape: tuple[int, int], outputs: int, pooled: bool, tokens: torch.Tensor | TokenRows
+) -> list[Any] | int:
+    """Gates of all patterns on these tokens, as ``gates`` takes them; ridge heads have none."""
+    probe = make_branch({**options, "activation": "relu", "gates": 1}, shape, outputs, pooled, np.random.default_rng(0))
+    components = probe.network().components(0)
+    if components[0].ridge:
+        return 1
+    X = tokens[0 : tokens.shape[0]]
+    found = [enumerate_gates(component.form, X[..., component.inputs]) for component in components]
+    return found if len(found) > 1 else list(found[0])
+
+
 def _on_cpu(factors: Factors) -> Factors:
     units = [
         Units(
@@ -404,6 +468,11 @@ def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
         raise InputError("init: " + describe(type(init).__name__, expected))
     shapes = [(c.form.u_shape, (c.form.value_width, c.width)) for i, b in enumerate(branches) for c in b.components(i)]
     given = [(() if u.u is None else tuple(u.u.shape[1:]), tuple(u.v.shape[1:])) for u in factors.units]
+    if shapes == given:
+        _check_gates_of(
+            factors,
+            [c.n_gates if c.gates is not None else None for i, b in enumerate(branches) for c in b.components(i)],
+        )
     if shapes != given:
         raise InputError(
             "init: " + describe(f"units of shapes {given}", f"{shapes}, the same heads on the same tokens")
@@ -412,6 +481,17 @@ def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
     if own is not None:
         check_same_gates(own, branches)
     return factors
+
+
+def _check_gates_of(factors: Factors, counts: list[int | None]) -> None:
+    """Raise InputError unless every unit's gate is one of the component's, or there are none on both sides."""
+    for units, count in zip(factors.units, counts, strict=True):
+        gate = units.gate
+        highest = -1 if gate is None or not len(gate) else int(gate.max())
+        if (gate is None) != (count is None) or highest >= (count or 1):
+            got = "units without gates" if gate is None else f"units of {highest + 1} gates"
+            expected = "none" if count is None else f"at most {count}, the same heads with the same gates"
+            raise InputError("init: " + describe(got, expected))
 
 
 def not_converged(solution: Solution, tol: float) -> str:
@@ -447,8 +527,10 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         is fitted: names, or dicts with the key ``head`` and any of ``activation``, ``gates``, ``grid``, ``n_blocks``,
         ``weight`` (multiplies beta for this branch; None: chosen so that every branch has the same beta_max) and
         ``view`` (a transform that is fitted with the branch and gives it its own tokens).
-    activation : ``linear`` or ``gated_relu``.
-    gates : number of random gates, or the gates: a sequence of arrays of u's shape (block_fno: one a block).
+    activation : ``linear``, ``gated_relu``, or ``relu``: the program of ``gated_relu``, whose solution is converted
+        into a ReLU network and refined; this network predicts, and ``bracket_`` bounds its global optimum.
+    gates : number of random gates, or the gates: a sequence of arrays of u's shape (block_fno: one a block), or
+        ``all``: one for every pattern that a ReLU unit can have on the training set, for tiny data only.
     grid : (h, w) with h * w = s: two-dimensional shifts for FNO heads; None: one-dimensional.
     n_blocks : block_fno only: number of channel groups; divides d and c.
     pooling : ``mean`` over tokens, or None for token-level outputs and labels (n, s).
@@ -471,10 +553,14 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     solver_options : dict of options of the solver, or None. ``adamw``: ``learning_rates``, ``epochs``,
         ``batch_size``, ``units``, ``seeds``, ``checks``; ``lbfgs``: ``units``, ``seeds``, ``checks``; see
         :class:`~convexheads.solvers.training.AdamWOptions`. The other solvers have none.
+    relu_bound : with ``activation="relu"``: ``gated`` takes the gated program as lower bound; ``cones`` (with
+        ``gates="all"`` and the extra ``relu``) a tighter one, by a semidefinite program.
 
     Attributes
     ----------
-    certificate_ : :class:`~convexheads.certificate.Certificate` of the fit.
+    certificate_ : :class:`~convexheads.certificate.Certificate` of the fit; with activation ``relu`` of the gated
+        program, as are ``blocks_`` and ``rank_``.
+    bracket_ : :class:`~convexheads.relu.Bracket` of the ReLU network's global optimum, None for other activations.
     beta_, beta_max_ : the weight decay used, and the smallest one with an empty head.
     classes_, n_features_in_, n_tokens_in_ : c class labels, d and s.
     intercept_ : (c,) or None.
@@ -507,6 +593,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         label_smoothing: float = 0.0,
         class_weight: Any = None,
         solver_options: dict[str, Any] | None = None,
+        relu_bound: str = "gated",
     ) -> None:
         self.head = head
         self.activation = activation
@@ -529,6 +616,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
         self.solver_options = solver_options
+        self.relu_bound = relu_bound
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -728,6 +816,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         dtype: str = "float32",
         verbose: int = 0,
         solver_options: dict[str, Any] | None = None,
+        relu_bound: str = "gated",
     ) -> None:
         self.head = head
         self.activation = activation
@@ -747,6 +836,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         self.dtype = dtype
         self.verbose = verbose
         self.solver_options = solver_options
+        self.relu_bound = relu_bound
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadRegressor:
         """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y."""

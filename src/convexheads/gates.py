@@ -17,6 +17,7 @@ from convexheads.architectures import Architecture
 from convexheads.errors import InputError, describe
 
 ACTIVATIONS = ("linear", "gated_relu")
+"""Activations of the convex programs; ``relu`` is reached from ``gated_relu``, see :mod:`convexheads.relu`."""
 
 
 def draw_gates(shape: tuple[int, ...], count: int, rng: np.random.Generator) -> Tensor:

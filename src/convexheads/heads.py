@@ -8,7 +8,7 @@ canonical up to ties and signs: they can be ranked, drawn and pruned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +41,9 @@ class View(Protocol):
 class Branch:
     """One head of a sum of heads, on tokens (s, d) of its own view, with its gates drawn.
 
-    ``weight`` multiplies beta for this branch. ``gates`` holds, for each channel group, (P, *u_shape) or None.
+    ``weight`` multiplies beta for this branch. ``gates`` holds, for each channel group, (P, *u_shape) or None. For
+    activation ``relu`` they are the patterns of the gated program that stands for the ReLU units; without them, as in
+    :meth:`network`, the units are ReLUs themselves.
     """
 
     head: str
@@ -66,13 +68,19 @@ class Branch:
     def components(self, index: int) -> list[Component]:
         """Its channel groups, as branch number ``index`` of a problem."""
         architecture = self.architecture
-        form = architecture.form(self.activation)
-        if self.activation == "relu" and not form.ridge:
-            form = ReluForm(group_form(architecture))
+        relu = self.activation == "relu" and not architecture.ridge
+        if relu and self.gates[0] is None:
+            form: Architecture = ReluForm(group_form(architecture))
+        else:
+            form = architecture.form("gated_relu" if relu else self.activation)
         return [
             Component(index, group, form, gates, inputs, outputs, self.weight, self.head)
             for group, ((inputs, outputs), gates) in enumerate(zip(architecture.groups, self.gates, strict=True))
         ]
+
+    def network(self) -> Branch:
+        """The branch as the network has it: ReLU units without gates, the branch itself for other activations."""
+        return replace(self, gates=[None] * len(self.gates)) if self.activation == "relu" else self
 
     def config(self) -> dict[str, Any]:
         """What rebuilds the branch, without gates and view; plain JSON values."""
@@ -109,17 +117,8 @@ def make_branch(
         raise InputError("head: " + describe(f"unknown options {unknown}", f"some of {list(HEAD_OPTIONS)}"))
     cls = architecture_class(options["head"])
     activation = options.get("activation", "linear")
-    if isinstance(activation, str) and activation == "relu":
-        raise InputError(
-            "activation: "
-            + describe(
-                "'relu', whose optimum is not a convex program of this form",
-                f"one of {', '.join(ACTIVATIONS)}",
-                "'gated_relu' solves the same network with fixed masks, to certified optimality.",
-            )
-        )
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise InputError("activation: " + describe(repr(activation), "one of " + ", ".join(ACTIVATIONS)))
+    if not isinstance(activation, str) or activation not in (*ACTIVATIONS, "relu"):
+        raise InputError("activation: " + describe(repr(activation), "one of " + ", ".join((*ACTIVATIONS, "relu"))))
     if cls.ridge:
         activation = "linear"
     grid = options.get("grid") if "grid" in cls.options else None
@@ -229,7 +228,8 @@ class HeadUnits(nn.Module):
     """The units of one channel group of a branch, as a module: tokens (n, s, d) -> (n[, s], c of the group).
 
     ``u`` (m, *u_shape) and ``v`` (m, k, c) are parameters, ``gates`` (P, *u_shape) a buffer in float64, because a
-    mask is a sign and must not depend on rounding. Gated units are evaluated from the definition.
+    mask is a sign and must not depend on rounding. Gated units are evaluated from the definition, and so are ReLU
+    units, which have no gates.
     """
 
     gates: Tensor | None

@@ -281,7 +281,8 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
 
     Heads are fitted along descending shares of beta_max, each started from the one before, and judged on a part of
     the training set that is held out (or on data given to ``fit``); then the best share is fitted to the whole
-    training set to ``tol``. Afterwards this object predicts, certifies, exports and saves as that last fit.
+    training set to ``tol``. Afterwards this object predicts, certifies, exports and saves as that last fit. With
+    activation ``relu`` the gated heads are judged, and the last fit is converted.
 
     Parameters
     ----------
@@ -326,6 +327,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         loss: str = "auto",
         label_smoothing: float = 0.0,
         class_weight: Any = None,
+        relu_bound: str = "gated",
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
@@ -350,6 +352,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
+        self.relu_bound = relu_bound
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol
@@ -402,6 +405,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         device: str | None = None,
         dtype: str = "float32",
         verbose: int = 0,
+        relu_bound: str = "gated",
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
@@ -423,6 +427,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.device = device
         self.dtype = dtype
         self.verbose = verbose
+        self.relu_bound = relu_bound
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol

@@ -89,6 +89,12 @@ class Problem:
         other.beta = float(beta)
         return other
 
+    def with_components(self, components: list[Component]) -> Problem:
+        """Other components on the same tokens, targets and beta; statistics are not shared."""
+        other = self.with_beta(self.beta)
+        other.components, other._cache = components, {}
+        return other
+
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """The same program with iterations in another dtype, sharing tokens and caches."""
         other = object.__new__(Problem)
@@ -101,7 +107,8 @@ class Problem:
 
     # Tokens and statistics --------------------------------------------------------------------------------
 
-    def _rows(self, branch: int, index: slice | Tensor) -> Tensor:
+    def tokens_of(self, branch: int, index: slice | Tensor) -> Tensor:
+        """Tokens (rows, s, d) of a branch, on the problem's device."""
         source = self.tokens[branch]
         part = source[index if isinstance(index, slice) or isinstance(source, Tensor) else index.cpu().numpy()]
         return torch.as_tensor(part).to(self.device)
@@ -111,7 +118,7 @@ class Problem:
         found = []
         for component in self.components:
             if component.branch not in tokens:
-                tokens[component.branch] = self._rows(component.branch, index)
+                tokens[component.branch] = self.tokens_of(component.branch, index)
             found.append(component.stats(tokens[component.branch], dtype))
         return found
 
@@ -382,7 +389,7 @@ class Problem:
             if cached is not None:
                 yield index, tuple(t[index] for t in cached[k]), gate
             else:
-                yield index, single.stats(self._rows(component.branch, index), dtype), None if gate is None else 0
+                yield index, single.stats(self.tokens_of(component.branch, index), dtype), None if gate is None else 0
 
     def _ridge_gamma(self, L: Tensor, k: int, dtype: torch.dtype) -> Tensor:
         component = self.components[k]

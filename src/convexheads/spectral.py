@@ -45,13 +45,16 @@ def _exponent(size: float) -> int:
 
 
 def _proves(gram: Tensor, inner: int, frobenius: float, tau: float) -> bool:
-    k = len(gram)
-    rounding = 2.0 * _gamma(inner) * frobenius
-    shifted = -gram
+    return _below(gram, 2.0 * _gamma(inner) * frobenius, tau**2)
+
+
+def _below(S: Tensor, rounding: float, bound: float) -> bool:
+    """True if all eigenvalues of S, symmetric and known to ``rounding`` in the 2-norm, are proved below ``bound``."""
+    shifted = -S
     diagonal = shifted.diagonal()
-    diagonal += tau**2
+    diagonal += bound
     trace = float(diagonal.clamp_min(0).sum())
-    slack = rounding + 2.0 * _gamma(k + 2) * trace + 4 * EPS * tau**2
+    slack = rounding + 2.0 * _gamma(len(S) + 2) * trace + 4 * EPS * bound
     diagonal -= slack
     _, info = torch.linalg.cholesky_ex(shifted)
     return int(info) == 0
@@ -74,6 +77,22 @@ def largest_singular_value(gamma: Tensor) -> Interval:
     # Exact but below the normal numbers, where the next number up makes good for it.
     upper = math.nextafter(found.upper * 2.0**exponent, math.inf)
     return Interval(min(found.lower * 2.0**exponent, upper), upper, found.method, found.proved)
+
+
+def largest_eigenvalue(S: Tensor, size: float, inner: int) -> Interval:
+    """Proved bounds on the largest eigenvalue of a symmetric matrix (k, k), float64, or on 0 where that is larger.
+
+    S was computed from products with sums of at most ``inner`` terms; ``size`` bounds the Frobenius norm of the same
+    products of absolute values, from which the rounding in S follows.
+    """
+    rounding = 8.0 * _gamma(2 * max(inner, len(S)) + 4) * size
+    lower = max(0.0, float(torch.linalg.eigvalsh(S)[-1]))
+    step = max(1e-12 * lower, 4.0 * rounding, torch.finfo(torch.float64).tiny)
+    while step < math.inf:
+        if _below(S, rounding, lower + step):
+            return Interval(lower, lower + step, "cholesky", True)
+        step *= 4.0
+    raise ValueError("NaN or infinity in a matrix whose eigenvalues are to be bounded")
 
 
 def _scaled_bounds(gamma: Tensor) -> Interval:

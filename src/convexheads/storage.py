@@ -17,6 +17,7 @@ from convexheads import estimators
 from convexheads.certificate import Certificate
 from convexheads.errors import DataError, InputError, describe
 from convexheads.heads import Branch
+from convexheads.relu import Bracket
 from convexheads.tokens import transforms
 from convexheads.tokens.files import write_atomic
 from convexheads.types import Factors, Units
@@ -112,6 +113,8 @@ def save_estimator(estimator: Any, path: str | Path) -> None:
                 arrays[f"units.{k}.{name}"] = tensor.numpy()
     if estimator._factors.intercept is not None:
         arrays["intercept"] = estimator._factors.intercept.numpy()
+    if estimator._network is not None:
+        arrays |= _network_arrays(estimator._network)
     header = {
         "format": FORMAT,
         "class": type(estimator).__name__,
@@ -120,6 +123,7 @@ def save_estimator(estimator: Any, path: str | Path) -> None:
         "certificate": estimator.certificate_.as_dict(),
         "branches": branches,
         "n_components": len(estimator._factors.units),
+        "bracket": None if estimator.bracket_ is None else estimator.bracket_.as_dict(),
         "precision": str(estimator._precision).removeprefix("torch."),
     }
     for name in ("classes_", "feature_names_in_"):
@@ -136,6 +140,19 @@ def save_estimator(estimator: Any, path: str | Path) -> None:
         write_atomic(target, serialise(contiguous, metadata={KEY: json.dumps(header)}))
     except OSError as error:
         raise DataError(f"{target}: could not be written ({error.strerror or error})") from error
+
+
+def _network_arrays(network: Factors) -> dict[str, np.ndarray]:
+    """The weights of a ReLU network, by name."""
+    found = {}
+    for k, units in enumerate(network.units):
+        for name in ("u", "v", "gate"):
+            tensor = getattr(units, name)
+            if tensor is not None:
+                found[f"network.{k}.{name}"] = tensor.numpy()
+    if network.intercept is not None:
+        found["network.intercept"] = network.intercept.numpy()
+    return found
 
 
 def load_estimator(path: str | Path) -> Any:
@@ -182,6 +199,21 @@ def load_estimator(path: str | Path) -> Any:
             f"{file}: "
             + describe(f"a model whose parts do not fit ({_reason(error)})", "a whole model", "Save it again.")
         ) from error
+
+
+def _read_network(arrays: Mapping[str, np.ndarray], count: int, branches: list[Branch]) -> Factors:
+    import torch
+
+    def tensor(name: str) -> Any:
+        found = arrays.get(name)
+        return None if found is None else torch.from_numpy(found.copy())
+
+    units = [Units(*(tensor(f"network.{k}.{name}") for name in ("u", "v", "gate"))) for k in range(count)]
+    factors = estimators.initial_factors(
+        Factors(units, tensor("network.intercept")), [branch.network() for branch in branches]
+    )
+    assert factors is not None
+    return factors
 
 
 def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
@@ -237,6 +269,10 @@ def _rebuild(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
     factors = Factors(units, None if intercept is None else torch.from_numpy(intercept.copy()))
     # Raises where units and heads do not belong together.
     estimator._factors = estimators.initial_factors(factors, branches)
+    # Files written before there were ReLU heads have no such entry.
+    bracket = header.get("bracket")
+    estimator.bracket_ = None if bracket is None else Bracket(**bracket)
+    estimator._network = None if bracket is None else _read_network(arrays, header["n_components"], branches)
     for name in ("classes_", "feature_names_in_"):
         if name in header:
             setattr(estimator, name, np.array(header[name]["values"], dtype=header[name]["dtype"]))

@@ -91,6 +91,8 @@ class Architecture:
     """True for a head without mixing weights: penalty (beta/2) ||v||_F^2 instead of a nuclear norm."""
     reductions: ClassVar[dict[tuple[str, bool], type[Architecture]]] = {}
     """(activation, pooled) -> a cheaper form with the same outputs and norms."""
+    rectified: ClassVar[bool] = False
+    """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 
     def __init__(
         self,
@@ -175,7 +177,7 @@ class Architecture:
         return (X,) if gates is None else (X, self.masks(X, gates))
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        """Features that v acts on, linear in u.
+        """Features that v acts on, linear in u (of a rectified form: in |u| only).
 
         u (m, *u_shape), gate (m,) the gate of each unit -> (n, m, k) pooled, (n, s, m, k) token-level.
         """

@@ -15,6 +15,8 @@ class ReluForm(Architecture):
     exist, hence no certificate either: see THEORY on gated networks, which bound ReLU networks.
     """
 
+    rectified = True
+
     def __init__(self, plain: Architecture) -> None:
         super().__init__(plain.tokens, plain.features, plain.outputs, plain.pooled, plain.grid, plain.n_blocks)
         self.plain = plain

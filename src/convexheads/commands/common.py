@@ -86,6 +86,11 @@ def grid_option(text: str) -> str | tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
+def gates_option(text: str) -> int | str:
+    """A number of gates, or ``all`` (for argparse)."""
+    return "all" if text == "all" else count(text)
+
+
 # Tokens ---------------------------------------------------------------------------------------------------
 
 

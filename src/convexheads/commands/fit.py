@@ -86,11 +86,24 @@ def add_head(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--activation",
-        choices=common.ACTIVATIONS,
+        choices=(*common.ACTIVATIONS, "relu"),
         default="linear",
-        help="linear, or gated_relu: ReLUs with fixed random masks (default: %(default)s)",
+        help="linear; gated_relu: ReLUs with fixed random masks; relu: the same, converted into a ReLU network "
+        "(default: %(default)s)",
     )
-    group.add_argument("--gates", type=common.count, default=16, metavar="P", help="number of masks (default: 16)")
+    group.add_argument(
+        "--gates",
+        type=common.gates_option,
+        default=16,
+        metavar="P",
+        help="number of masks; all: every pattern that the training set allows, for tiny data (default: 16)",
+    )
+    group.add_argument(
+        "--relu-bound",
+        choices=["gated", "cones"],
+        default="gated",
+        help="relu with --gates all: lower bound by the gated program, or a tighter one (default: %(default)s)",
+    )
     group.add_argument(
         "--grid",
         type=common.grid_option,
@@ -127,6 +140,7 @@ def head_parameters(args: argparse.Namespace, tokens: common.Tokens) -> tuple[di
         "head": args.head if view is None else {"head": args.head, "view": view},
         "activation": args.activation,
         "gates": args.gates,
+        "relu_bound": args.relu_bound,
         "grid": grid,
         "n_blocks": args.n_blocks,
         "fit_intercept": not args.no_intercept,
@@ -199,6 +213,7 @@ def run(args: argparse.Namespace) -> int:
         "beta_max": model.beta_max_,
         "rank": model.rank_,
         "certificate": model.certificate_.as_dict(),
+        "bracket": None if model.bracket_ is None else model.bracket_.as_dict(),
         "converged": model.certificate_.relative_gap <= args.tol,
         "train_accuracy": accuracy,
         "iterations": model.n_iter_,
@@ -259,6 +274,10 @@ def _show(output: common.Output, model: Any, result: dict[str, Any], args: argpa
         output.print(line)
     if not result["converged"]:
         output.print(f"stopped         {result['message']}")
+    if model.bracket_ is not None:
+        output.print("These are the gated program's. The ReLU network that was saved with it:")
+        for line in str(model.bracket_).splitlines():
+            output.print(line)
     output.print(f"train accuracy  {common.percent(result['train_accuracy'])}")
     output.print(f"saved           {args.out}  ({result['seconds']:.1f} s)")
 
