@@ -91,14 +91,18 @@ def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float, evaluati
     def value(alpha: float) -> float:
         return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
 
+    # Concave along the ray: still rising next to the end means that the end is best, as it is near an optimum.
+    last = value(upper)
+    if last >= value(upper * (1 - 1e-4)):
+        return last, upper
     found = minimize_scalar(
         lambda alpha: -value(alpha),
         bounds=(0.0, upper),
         method="bounded",
         options={"xatol": 1e-7, "maxiter": evaluations},
     )
-    candidates = [(value(alpha), alpha) for alpha in {0.0, upper, min(1.0, upper), float(found.x)}]
-    return max(candidates)
+    candidates = [(value(alpha), alpha) for alpha in {0.0, min(1.0, upper), float(found.x)}]
+    return max([*candidates, (last, upper)])
 
 
 def rescaled_bound(

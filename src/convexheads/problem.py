@@ -358,15 +358,16 @@ class Problem:
     def gamma(self, L: Tensor, k: int, gate: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
         """Gamma_g = A_g^* L of component ``k`` and ``gate``, formed explicitly: (p, q), or (k, c) for ridge."""
         component = self.components[k]
-        width, p = component.form.value_width, max(1, component.p)
         if component.ridge:
             return self._ridge_gamma(L, k, dtype)
-        entries = width * (1 if component.form.pooled else component.form.tokens)
+        p = component.p
+        entries = component.form.distinct_width * (1 if component.form.pooled else component.form.tokens)
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
         step = max(16, min(self.chunk_rows(1, True) * GAMMA_SAMPLES // 16, GAMMA_SAMPLES))
-        step = max(step, min(4096, GAMMA_WORKSPACE // (p * entries)))
+        step = max(step, min(4096, int(GAMMA_WORKSPACE / (p * entries))))
         unit = component.form.row_step
-        band = max(1, GAMMA_WORKSPACE // (step * entries * unit)) * unit
+        bands = max(1, math.ceil(step * p * entries / GAMMA_WORKSPACE))
+        band = math.ceil(p / (bands * unit)) * unit
         total = torch.empty(p, component.q, dtype=dtype, device=self.device)
         for rows in split_rows(p, band):
             part: Tensor | None = None

@@ -203,6 +203,11 @@ class Architecture:
         """How many rows of u's space :meth:`distinct_features` takes together: slices are multiples of it."""
         return 1
 
+    @property
+    def distinct_width(self) -> float:
+        """Numbers of :meth:`distinct_features` for each row of u's space, on average."""
+        return self.value_width
+
     def distinct_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         """``basis_features`` without what repeats in them: (n, r, k) pooled, (n, s, r, k) token-level, r, k smaller."""
         return self.basis_features(stats, rows, gate)

@@ -28,6 +28,10 @@ class _Pooled(_Square):
     def row_step(self) -> int:
         return self.features
 
+    @property
+    def distinct_width(self) -> float:
+        return (self.features + 1) / 2
+
     def spread(self, adjoint: Tensor) -> Tensor:
         k, l = torch.triu_indices(self.features, self.features, device=adjoint.device)
         place = torch.empty(self.features, self.features, dtype=torch.long, device=adjoint.device)

@@ -13,8 +13,8 @@ KEPT = "what is done is kept: started again, it does not extract the tokens anew
 
 RESOLUTION = 98
 GATES = 4
-FEATURES = 12
-RATIOS = "0.1,0.03"
+FEATURES = 16
+RATIOS = "0.1,0.03,0.01"
 
 _DESCRIPTION = f"""\
 The whole path at once, on scikit-learn's 1,797 images of handwritten digits: extract their tokens through

@@ -57,6 +57,8 @@ IDLE = 1e-2
 LARGEST_GROWTH = 96
 CHEAP_WORK = 2e9
 """Floating-point operations of one evaluation up to which a head starts with all the units there can be."""
+FIRST_UNITS = 40
+"""Units of a component to start with where not all of them are cheap, over all gates."""
 SPARE = 0.01
 """Share of the nuclear norm, in the smallest units, that is dropped after the first epochs."""
 
@@ -79,7 +81,7 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
             if work <= CHEAP_WORK
             else min(
                 full,
-                max(8, 64 // component.n_gates)
+                max(8, FIRST_UNITS // component.n_gates)
                 if component.p * component.form.workspace < 1e5
                 else max(4, 32 // component.n_gates),
             )
@@ -450,16 +452,15 @@ class Factored:
                 if pairs and ((warm and self.n_iter == 0) or fall < self.stall(current, bound)):
                     grown = self.grow(current, bound)
                 elif fall < SETTLED * bound.gap:
+                    smaller = self.trim(optimiser, current, TRIMMED * bound.gap)
+                    if smaller is not None:
+                        optimiser, shapes = smaller
+                        current, built_at = shapes.like(optimiser.x), -REBUILD
                     grown = self.widen(current, bound, pairs)
                 if grown is not None:
                     optimiser, shapes = self.enlarge(optimiser, current, grown)
                     built_at = -REBUILD
                     values.clear()
-                elif fall < SETTLED * bound.gap:
-                    smaller = self.trim(optimiser, current, TRIMMED * bound.gap)
-                    if smaller is not None:
-                        optimiser, shapes = smaller
-                        built_at = -REBUILD
                 next_check = self.n_iter + self.spacing(shapes)
                 latest = self.n_iter + PATIENCE * self.spacing(shapes)
                 last_gap, last_decrease = bound.relative_gap, None
