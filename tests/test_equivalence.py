@@ -85,6 +85,24 @@ def test_too_few_units_leave_a_gap_that_the_certificate_shows() -> None:
         assert run["relative_gap"] * run["objective"] >= true
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+def test_adamw_has_the_fixed_points_of_the_objective(intercept: bool) -> None:
+    """Explicit weight decay: many full-batch epochs end at the convex optimum, where decoupled decay does not."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(20, 3, 4)), np.arange(20) % 2
+    convex = ConvexHeadClassifier("mlp", beta_ratio=0.2, fit_intercept=intercept, tol=1e-6).fit(X, y)
+    options = {"learning_rates": (0.05,), "epochs": 400, "batch_size": 20, "units": 4}
+    network = ConvexHeadClassifier(
+        "mlp", beta=convex.beta_, fit_intercept=intercept, solver="adamw", solver_options=options, tol=1e-3
+    ).fit(X, y)
+    assert network.certificate_.relative_gap <= 1e-3
+    assert network.certificate_.primal <= convex.certificate_.primal * (1 + 1e-3)
+    assert network.certificate_.primal >= convex.certificate_.dual
+    # A network stays as it was trained: nothing is balanced, pruned or polished.
+    assert network._factors.n_units == 4
+    assert (network.intercept_ is None) == (not intercept)
+
+
 def sound(certificate: Certificate, optimum: float) -> bool:
     """Whether a certificate claims no more than is true."""
     slack = ROUNDING * abs(optimum)
