@@ -327,6 +327,37 @@ CASES: dict[str, Case] = {
         ),
         ("solver: got 'fista' for a problem whose dense feature matrices hold", "Use solver='factored'"),
     ),
+    # Options of solvers
+    "options of a solver that has none": (
+        lambda tmp: fit(solver_options={"epochs": 3}),
+        ("solver_options: got epochs for solver='factored'", "expected none"),
+    ),
+    "unknown option of a solver": (
+        lambda tmp: fit(solver="adamw", solver_options={"lr": 1e-3, "epochs": 3}),
+        ("solver_options: got lr for solver='adamw'", "expected some of units, seeds, checks, learning_rates, epochs"),
+    ),
+    "options that are no dict": (
+        lambda tmp: fit(solver="lbfgs", solver_options=[("units", 3)]),
+        ("solver_options: got a list", "expected a dict of options, or None"),
+    ),
+    "no units": (lambda tmp: fit(solver="lbfgs", solver_options={"units": 0}), ("units: got 0", "an integer >= 1")),
+    "half a seed": (lambda tmp: fit(solver="lbfgs", solver_options={"seeds": 0.5}), ("seeds: got 0.5", ">= 1")),
+    "no learning rates": (
+        lambda tmp: fit(solver="adamw", solver_options={"learning_rates": ()}),
+        ("learning_rates: got ()", "a sequence of positive numbers"),
+    ),
+    "a learning rate alone": (
+        lambda tmp: fit(solver="adamw", solver_options={"learning_rates": 0.1}),
+        ("learning_rates: got 0.1", "a sequence of positive numbers"),
+    ),
+    "a negative learning rate": (
+        lambda tmp: fit(solver="adamw", solver_options={"learning_rates": (0.1, -0.1)}),
+        ("learning_rates: got (0.1, -0.1)", "a sequence of positive numbers"),
+    ),
+    "learning rates that all diverge": (
+        lambda tmp: fit(head="mlp", solver="adamw", solver_options={"learning_rates": (1e200,), "epochs": 5}),
+        ("learning_rates: got trainings that all diverged (1e+200)", "Lower the learning rates"),
+    ),
     # Fitted models
     "a sample of other tokens": (
         lambda tmp: fitted().predict(X[:, :5]),
@@ -344,6 +375,26 @@ CASES: dict[str, Case] = {
     "a start that is none": (
         lambda tmp: ConvexHeadClassifier().fit(X, y, init=0),
         ("init: got int", "expected a fitted estimator, a ConvexHead module"),
+    ),
+    "a start with other gates": (
+        lambda tmp: ConvexHeadClassifier(head="mlp", activation="gated_relu", gates=2, random_state=1).fit(
+            X, y, init=ConvexHeadClassifier(head="mlp", activation="gated_relu", gates=2).fit(X, y)
+        ),
+        ("init: got units with other gates", "expected the same gates", "random_state"),
+    ),
+    "a start from weights of other classes": (
+        lambda tmp: ConvexHeadClassifier(head="mlp").fit(X, y, init={"u": np.ones((2, 4)), "v": np.ones((2, 5))}),
+        ("v: got 5 outputs", "expected 3, one for each class"),
+    ),
+    "a start from weights with NaN": (
+        lambda tmp: ConvexHeadClassifier(head="mlp").fit(
+            X, y, init={"u": np.full((2, 4), np.nan), "v": np.ones((2, 3))}
+        ),
+        ("u: got 8 weights that are NaN or infinite", "lower its learning rate"),
+    ),
+    "weights for a sum of heads": (
+        lambda tmp: ConvexHeadClassifier(head=["mlp", "linear"]).fit(X, y, init={"v": np.ones((2, 3))}),
+        ("init: got weights by name for 2 heads", "a fitted estimator or a module"),
     ),
     "a start of another head": (
         lambda tmp: ConvexHeadClassifier(head="mixer").fit(X, y, init=fitted()),

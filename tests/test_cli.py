@@ -242,7 +242,7 @@ def test_fit_a_network_then_go_on_to_the_optimum(store: Path, tmp_path: Path, ru
     assert "stopped         AdamW: the lowest of 4 trainings" in out
     result = json.loads((tmp_path / "network.json").read_text())
     assert [(r["learning_rate"], r["seed"]) for r in result["runs"]] == [
-        (rate, result["runs"][0]["seed"] + i) for rate in (0.003, 0.01) for i in (0, 1)
+        (rate, i) for rate in (0.003, 0.01) for i in (0, 1)
     ]
     assert result["certificate"]["primal"] == min(r["objective"] for r in result["runs"])
     assert (tmp_path / "curves.svg").read_text().count("learning rate 0.01") == 1

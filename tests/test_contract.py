@@ -163,6 +163,18 @@ def test_reduced_forms_equal_the_plain_form(case: Case) -> None:
     close(plain.forward(lifted), problem.forward(factors))
     assert plain.weight_decay(lifted) == pytest.approx(problem.weight_decay(factors), rel=1e-12)
     assert penalty(plain, lifted) == pytest.approx(penalty(problem, factors), rel=1e-10)
+    # Any plain weights, not only lifted ones, have reduced ones of the same outputs and no larger norms.
+    wild = random_units(plain, seed=2)
+    reduced_units = [
+        Units(None if each.u is None else component.form.reduce(each.u), each.v, each.gate)
+        for component, each in zip(problem.components, wild.units, strict=True)
+    ]
+    reduced_wild = Factors(reduced_units, wild.intercept)
+    close(problem.forward(reduced_wild), plain.forward(wild))
+    assert problem.weight_decay(reduced_wild) <= plain.weight_decay(wild) * (1 + 1e-12)
+    for component, each in zip(problem.components, factors.units, strict=True):
+        if each.u is not None:
+            close(component.form.reduce(component.form.lift(each.u)), each.u)
     L = random_like(tuple(problem.targets.shape), 3)
     for k in range(len(problem.components)):
         for gate in problem.gates_of(k):

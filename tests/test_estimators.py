@@ -40,6 +40,8 @@ Model = ConvexHeadClassifier | ConvexHeadRegressor
         ConvexHeadClassifier(head="mlp", activation="gated_relu", gates=4),
         ConvexHeadClassifier(head="linear", solver="fista"),
         ConvexHeadRegressor(head=["linear", "mlp"], solver="fista"),
+        ConvexHeadClassifier(head="mlp", solver="lbfgs"),
+        ConvexHeadRegressor(head="linear", solver="adamw", solver_options={"learning_rates": (0.1,), "epochs": 20}),
     ],
     ids=repr,
 )

@@ -492,6 +492,13 @@ def test_figures_of_tokens(tmp_path: Path) -> None:
     drawn(figures.evidence_figure(evidence, (2, 3), images, names=[["a", "b"], ["b", "a"]], **same))
     drawn(figures.evidence_figure(np.zeros((1, 6)), (2, 3)))
     drawn(figures.history_figure({"a": {"objective": [2, 1], "gap": [0.1, 0.0], "seconds": [0, 1]}}))
+    course = {"objective": [2, 1], "gap": [0.1, float("inf")], "seconds": [0.1, 1]}
+    several = figures.history_figure({"one": course, "seeds": [course, course]}, tol=0.01, log_time=True)
+    objective, gaps = several.axes
+    assert [line.get_color() for line in objective.lines[1:]] == [figures.PALETTE[1]] * 2
+    assert [text.get_text() for text in several.legends[0].texts] == ["one", "seeds"]
+    assert gaps.get_xscale() == "log"
+    drawn(several)
     with pytest.raises(InputError, match="grid: got 3 x 3"):
         figures.clusters_figure(labels, (3, 3))
     with pytest.raises(InputError, match="images: got 2"):

@@ -475,3 +475,17 @@ def test_check_estimator(cls: Any) -> None:
     known = {"check_sample_weight_equivalence_on_dense_data": "a sample less is another split"}
     results = check_estimator(cls(head="mlp", beta_ratios=(0.1, 0.01)), expected_failed_checks=known, on_fail=None)
     assert not [result["check_name"] for result in results if result["status"] == "failed"]
+
+
+def test_networks_walk_the_path_too() -> None:
+    """A baseline solver with its options: from no unit at all at beta_max, each beta from the one before."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(60, 3, 4)), np.arange(60) % 3
+    model = ConvexHeadClassifierCV(
+        "mlp", beta_ratios=(0.3, 0.1), solver="lbfgs", solver_options={"units": 3}, tol=1e-3, path_tol=1e-2
+    ).fit(X, y)
+    assert len(model.path_) == 2
+    assert model.certificate_.relative_gap <= 1e-3
+    assert len(model.runs_) == 1
+    assert model._factors.n_units == 3
+    assert model.get_params()["solver_options"] == {"units": 3}

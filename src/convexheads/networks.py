@@ -147,7 +147,7 @@ def network_problem(
         tokens,
         make_loss(loss),
         torch.as_tensor(targets),
-        torch.full((n,), 1.0 / n) if weights is None else torch.as_tensor(weights),
+        torch.full((n,), 1.0 / n, dtype=torch.float64) if weights is None else torch.as_tensor(weights),
         beta,
         network.intercept is not None,
         weight.dtype,

@@ -26,7 +26,7 @@ examples:
   convexheads certify head.safetensors tokens/photos/train
   convexheads certify head.safetensors tokens/photos/train --beta 1e-3 --json certificate.json
 
-  # a network trained elsewhere on the mean-free patches as they lie in the store
+  # a network trained elsewhere on the patch tokens as they lie in the store
   convexheads certify network.pt tokens/photos --head mlp --beta 0.01
 
   # and on to the optimum from its weights

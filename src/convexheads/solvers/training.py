@@ -46,7 +46,7 @@ class TrainingOptions:
     Attributes
     ----------
     units : units in each channel group; with gates, in each gate. None: 64 shared by the gates, no more than p or q.
-    seeds : networks that are trained from different random units; seed number i is random_state + i.
+    seeds : networks that are trained from different random units; number i is seeded by random_state + i.
     checks : certificates along each training, the last one at its end; more of them give a curve.
     """
 
@@ -103,7 +103,7 @@ class Run:
     ----------
     factors : the units as training left them, neither balanced nor pruned.
     certificate : of these very units; None where training diverged.
-    seed, learning_rate : what told this run from others; no learning rate for L-BFGS.
+    seed, learning_rate : what told this run from others; seeds are counted from 0, no learning rate for L-BFGS.
     n_iter : epochs of AdamW, iterations of L-BFGS.
     seconds : of training, checks excluded.
     message : why training ended.
@@ -368,8 +368,8 @@ def solve_adamw(
     import_optimiser()
     runs = []
     for rate in chosen.learning_rates:
-        for seed in range(random_state, random_state + chosen.seeds):
-            generator = torch.Generator().manual_seed(seed)
+        for seed in range(chosen.seeds):
+            generator = torch.Generator().manual_seed(random_state + seed)
             start = starting_units(problem, counts, generator, init, max_rank)
             recorder = Recorder(problem, tol, epochs, chosen.checks, progress)
             found, done = train_adamw(problem, start, float(rate), epochs, generator, chosen.batch_size, recorder)
@@ -398,8 +398,8 @@ def solve_lbfgs(
     chosen = TrainingOptions(**options)
     counts = unit_counts(problem, chosen.units)
     runs = []
-    for seed in range(random_state, random_state + chosen.seeds):
-        generator = torch.Generator().manual_seed(seed)
+    for seed in range(chosen.seeds):
+        generator = torch.Generator().manual_seed(random_state + seed)
         start = starting_units(problem, counts, generator, init, max_rank)
         recorder = Recorder(problem, tol, max_iter, chosen.checks, progress)
         found, _, message = train_lbfgs(problem, start, max_iter, recorder)
