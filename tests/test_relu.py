@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import cvxpy
 import numpy as np
 import pytest
 import torch
@@ -38,8 +39,6 @@ from convexheads.relu.relaxation import CONJUGATES
 from convexheads.solvers import Solution, solver_function
 from convexheads.subspace import beta_max
 from convexheads.types import Factors, Units
-
-pytest.importorskip("cvxpy", reason="the extra relu is not installed")
 
 Array = np.ndarray
 
@@ -143,8 +142,6 @@ def test_decompositions(seed: int, n: int, p: int) -> None:
 
 def test_decompositions_are_the_cheapest() -> None:
     """Against a second-order cone program."""
-    import cvxpy
-
     rng = np.random.default_rng(5)
     for n, p in [(3, 2), (6, 3), (12, 4), (20, 5)]:
         H, gate, u = rng.normal(size=(n, p)), rng.normal(size=p), rng.normal(size=p)
@@ -630,8 +627,6 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failing_conic_solver_leaves_the_gated_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cvxpy
-
     def fail(*args: Any, **kwargs: Any) -> None:
         raise cvxpy.error.SolverError("no")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from convexheads.commands import common
-from convexheads.commands.fit import certificate_lines
+from convexheads.commands.fit import bracket_lines, certificate_lines
 from convexheads.commands.predict import load_model
 
 KEPT = "nothing was written"
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     for line in certificate_lines(certificate):
         output.print(line)
     output.print(f"when fitted     gap {model.certificate_.relative_gap:.2e} of the objective")
+    for line in bracket_lines(model):
+        output.print(line)
     output.write(
         {
             "model": args.model,

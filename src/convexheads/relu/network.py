@@ -159,7 +159,7 @@ def _closed_pairs(network: Problem, k: int, units: Units, gates: Tensor) -> list
     assert units.u is not None
     assert units.gate is not None
     component = network.components[k]
-    own = gates[units.gate.to(gates.device)].double()
+    own = gates[units.gate.to(gates.device)].to(units.v.device, torch.float64)
     least = torch.full((len(units.v),), math.inf, dtype=torch.float64, device=units.v.device)
     largest = -least
     for start in range(0, network.n, step := network.chunk_rows(4 * len(units.v), True)):
