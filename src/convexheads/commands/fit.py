@@ -216,7 +216,10 @@ def bracket_lines(model: Any) -> list[str]:
     """What is known about the ReLU network that a fit ended with: nothing for other activations."""
     if model.bracket_ is None:
         return []
-    return ["the above is of the gated program; the ReLU network made of it, when fitted:", *str(model.bracket_).splitlines()]
+    return [
+        "the above is of the gated program; the ReLU network made of it, when fitted:",
+        *str(model.bracket_).splitlines(),
+    ]
 
 
 def certificate_lines(certificate: Any) -> list[str]:
