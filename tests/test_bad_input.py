@@ -117,6 +117,27 @@ CASES: dict[str, Case] = {
         lambda tmp: fit(sparse.csr_array(X[:, 0])),
         ("X: got sparse data", "Convert it with X.toarray()"),
     ),
+    # ReLU heads
+    "cones without all patterns": (
+        lambda tmp: fit(head="mlp", activation="relu", relu_bound="cones"),
+        ("relu_bound: got 'cones' with sampled or given gates", "expected gates='all'", "relu_bound='gated'"),
+    ),
+    "an unknown bound": (
+        lambda tmp: fit(head="mlp", activation="relu", relu_bound="tight"),
+        ("relu_bound: got 'tight'", "expected 'gated' or 'cones'"),
+    ),
+    "too many patterns": (
+        lambda tmp: fit(activation="relu", gates="all"),
+        ("gates: got more than 5000 patterns for gates='all'", "Give a number of gates", "no lower bound"),
+    ),
+    "a word for the gates of a ReLU": (
+        lambda tmp: fit(activation="relu", gates="some"),
+        ("gates: got 'some'", "an integer or a sequence of arrays of u's shape"),
+    ),
+    "a gate whose mask is all border": (
+        lambda tmp: fit(head="mlp", activation="relu", gates=np.zeros((1, 4))),
+        ("gates: got gate 0, which has pre-activations of zero", "Draw gates at random"),
+    ),
     # Labels
     "one class": (
         lambda tmp: fit(labels=np.zeros(12, int)),

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import cvxpy
 import numpy as np
 import pytest
 import torch
@@ -28,18 +29,26 @@ from convexheads.errors import InputError, MissingExtraError
 from convexheads.heads import Branch, ConvexHead, export_onnx
 from convexheads.losses import LOSSES, make_loss
 from convexheads.problem import Problem
-from convexheads.relu import cone_bound, convert, cover_bound, enumerate_cells, enumerate_gates, find_bracket, refine
+from convexheads.relu import (
+    cone_bound,
+    convert,
+    cover_bound,
+    enumerate_cells,
+    enumerate_gates,
+    extend,
+    find_bracket,
+    refine,
+)
 from convexheads.relu import network as network_module
 from convexheads.relu.arrangement import distinct_rows, unit_rows
 from convexheads.relu.bracket import Bracket
 from convexheads.relu.cones import closed_form, cone_rows, decompose, facets, interior_direction
+from convexheads.relu.growth import descending_units
 from convexheads.relu.network import own_signs, preactivations
 from convexheads.relu.relaxation import CONJUGATES
 from convexheads.solvers import Solution, solver_function
 from convexheads.subspace import beta_max
 from convexheads.types import Factors, Units
-
-pytest.importorskip("cvxpy", reason="the extra relu is not installed")
 
 Array = np.ndarray
 
@@ -143,8 +152,6 @@ def test_decompositions(seed: int, n: int, p: int) -> None:
 
 def test_decompositions_are_the_cheapest() -> None:
     """Against a second-order cone program."""
-    import cvxpy
-
     rng = np.random.default_rng(5)
     for n, p in [(3, 2), (6, 3), (12, 4), (20, 5)]:
         H, gate, u = rng.normal(size=(n, p)), rng.normal(size=p), rng.normal(size=p)
@@ -398,7 +405,7 @@ def test_brackets_hold(case: Tiny) -> None:
     assert row.widths()[1] < 0.05
 
 
-SEEDS = 20
+SEEDS = 10
 
 
 @pytest.mark.slow
@@ -459,6 +466,27 @@ def test_refinement_only_falls() -> None:
     solution = setting.solve(1e-4)
     reread = own_signs(setting.network, solution.factors)
     assert sum(len(units.v) for units in reread.units) <= solution.factors.n_units
+
+
+def test_units_are_added_where_they_help() -> None:
+    """From no unit at all to the optimum, which the cones bound from below."""
+    setting, bound = _bounded()
+    network = setting.network
+    _, intercept = network.null_outputs()
+    empty = [
+        Units(torch.zeros(0, *c.form.u_shape).double(), torch.zeros(0, 1, c.width).double()) for c in network.components
+    ]
+    start = Factors(empty, intercept)
+    found = extend(network, start)
+    assert network.value(found) < network.value(start)
+    assert network.value(found) == pytest.approx(bound, rel=1e-3)
+    # Every unit that was added is a direction of descent by itself.
+    (fresh,) = descending_units(network, start, torch.Generator().manual_seed(1))
+    assert fresh.u is not None
+    assert len(fresh.v) > 0
+    for u, v in zip(fresh.u, fresh.v, strict=True):
+        tiny = Factors([Units(1e-3 * u[None], 1e-3 * v[None])], intercept)
+        assert network.value(tiny) < network.value(start)
 
 
 def test_every_loss_has_a_conic_form() -> None:
@@ -630,8 +658,6 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failing_conic_solver_leaves_the_gated_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cvxpy
-
     def fail(*args: Any, **kwargs: Any) -> None:
         raise cvxpy.error.SolverError("no")
 
@@ -646,3 +672,21 @@ def test_gates_without_interior_are_refused() -> None:
     X = np.stack([np.eye(2)[:1], -np.eye(2)[:1], np.eye(2)[1:], np.ones((1, 2))])
     with pytest.raises(InputError, match="gates: got gate 1, which has pre-activations of zero"):
         ConvexHeadClassifier("mlp", "relu", gates=[[0.5, 1.0], [0.0, 1.0]]).fit(X, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (tiny_data()[0], {"beta_ratio": 1.5}),  # the empty head
+        (tiny_data()[0], {"beta_ratio": 1.5, "fit_intercept": False}),
+        (0.0 * tiny_data()[0], {"beta_ratio": 0.1}),  # one pattern: nothing depends on a weight
+        (tiny_data()[0][[0, 0, 1, 1, 2, 2]] * np.array([1, -1, 1, 0, 1, 2.0])[:, None, None], {"beta_ratio": 0.1}),
+    ],
+    ids=["empty", "empty without intercept", "zero tokens", "repeated, opposite and zero tokens"],
+)
+def test_degenerate_problems(tokens: Array, options: dict[str, Any]) -> None:
+    y = tiny_data()[1]
+    model = ConvexHeadClassifier("mlp", "relu", gates="all", relu_bound="cones", **options).fit(tokens, y)
+    assert model.bracket_ is not None
+    assert 0 <= model.bracket_.relative_width < 1e-3
+    assert model.logits(tokens).shape == (6, 2)

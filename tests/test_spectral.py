@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from convexheads.spectral import (
     balanced_factors,
     lanczos,
     lanczos_bound,
+    largest_eigenvalue,
     largest_singular_value,
     nuclear_norm,
     proves_bound,
@@ -40,6 +42,23 @@ def true_sigma(gamma: Tensor) -> float:
         return 0.0
     factor = 2.0 ** np.floor(np.log2(size))
     return float(np.linalg.norm(array / factor, 2) * factor)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8), st.floats(-30, 30))
+def test_largest_eigenvalue(seed: int, k: int, exponent: float) -> None:
+    """Against 50 digits; S = A A^T - B B^T, whose parts nearly cancel for some seeds."""
+    rng = np.random.default_rng(seed)
+    A = rng.normal(size=(k, k + 2)) * 2.0**exponent
+    B = A * (1 - 1e-9) if seed % 3 == 0 else rng.normal(size=(k, k)) * 2.0**exponent
+    S = A @ A.T - B @ B.T
+    size = float(np.linalg.norm(np.abs(A) @ np.abs(A.T) + np.abs(B) @ np.abs(B.T)))
+    found = largest_eigenvalue(torch.from_numpy((S + S.T) / 2), size, k + 2)
+    with mpmath.workdps(50):
+        exact = [mpmath.matrix(M.tolist()) for M in (A, B)]
+        true = max(mpmath.eigsy(exact[0] * exact[0].T - exact[1] * exact[1].T, eigvals_only=True))
+        assert found.proved
+        assert found.upper >= max(true, 0)
+    assert found.upper <= found.lower * (1 + 1e-9) + 1e-11 * size
 
 
 SPECTRA = {

@@ -249,6 +249,7 @@ class _ConvexHeadEstimator(BaseEstimator):
                 covers_all_patterns=covered,
                 bound=self.relu_bound,
                 steps=int(self.max_iter),
+                tol=min(1e-6, 1e-3 * float(self.tol)),
             )
             self._network = _on_cpu(found)
         self._keep(problem, branches, solution, loss)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from convexheads.commands import common
-from convexheads.commands.fit import certificate_lines
+from convexheads.commands.fit import bracket_lines, certificate_lines
 from convexheads.commands.predict import is_model, load_model
 from convexheads.errors import InputError, describe
 
@@ -66,19 +66,21 @@ def run(args: argparse.Namespace) -> int:
     labels = tokens.require_labels()
     common.set_threads(args.threads)
     watch = common.Stopwatch()
-    certificate, fitted = of_model(args, tokens, labels) if is_model(args.model) else of_weights(args, tokens, labels)
+    certificate, model = of_model(args, tokens, labels) if is_model(args.model) else of_weights(args, tokens, labels)
     output.print(f"beta            {certificate.beta:.6g}")
     for line in certificate_lines(certificate):
         output.print(line)
-    if fitted is not None:
-        output.print(f"when fitted     gap {fitted.relative_gap:.2e} of the objective")
+    if model is not None:
+        output.print(f"when fitted     gap {model.certificate_.relative_gap:.2e} of the objective")
+        for line in bracket_lines(model):
+            output.print(line)
     output.print(f"next            {advice(certificate, args)}")
     output.write(
         {
             "model": args.model,
             "tokens": tokens.summary(),
             "certificate": certificate.as_dict(),
-            "when_fitted": None if fitted is None else fitted.as_dict(),
+            "when_fitted": None if model is None else model.certificate_.as_dict(),
             "seconds": watch.seconds,
         }
     )
@@ -86,13 +88,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def of_model(args: argparse.Namespace, tokens: common.Tokens, labels: Any) -> tuple[Any, Any]:
-    """The certificate of a saved model, and the one it was saved with."""
+    """The certificate of a saved model, and the model."""
     from convexheads import certify
 
     if args.head is not None:
         raise InputError(describe("--head for a saved model", "no such option", "The model knows its head."))
     model = load_model(args.model, tokens)
-    return certify(model, tokens.X, labels, beta=args.beta), model.certificate_
+    return certify(model, tokens.X, labels, beta=args.beta), model
 
 
 def of_weights(args: argparse.Namespace, tokens: common.Tokens, labels: Any) -> tuple[Any, None]:

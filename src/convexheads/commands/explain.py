@@ -322,6 +322,8 @@ def _print(output: common.Output, explanation: dict[str, Any], written: list[Pat
         f"{heads} head{'s' * (heads != 1)} in {many} block{'s' * (many != 1)}; objective {certificate['primal']:.5g}, "
         f"at most {100 * certificate['relative_gap']:.2g} % above the global optimum"
     )
+    if explanation["activation"] == "relu":
+        output.print("  all of this is of the gated program; the ReLU network that predicts was made of it")
     if largest is not None:
         output.print(f"  largest block: rank {largest['rank']}, effective rank {largest['effective_rank']:.1f}")
     for each in explanation["gates"]:

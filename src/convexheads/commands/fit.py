@@ -274,12 +274,20 @@ def _show(output: common.Output, model: Any, result: dict[str, Any], args: argpa
         output.print(line)
     if not result["converged"]:
         output.print(f"stopped         {result['message']}")
-    if model.bracket_ is not None:
-        output.print("These are the gated program's. The ReLU network that was saved with it:")
-        for line in str(model.bracket_).splitlines():
-            output.print(line)
+    for line in bracket_lines(model):
+        output.print(line)
     output.print(f"train accuracy  {common.percent(result['train_accuracy'])}")
     output.print(f"saved           {args.out}  ({result['seconds']:.1f} s)")
+
+
+def bracket_lines(model: Any) -> list[str]:
+    """What is known about the ReLU network that a fit ended with: nothing for other activations."""
+    if model.bracket_ is None:
+        return []
+    return [
+        "the above is of the gated program; the ReLU network made of it, when fitted:",
+        *str(model.bracket_).splitlines(),
+    ]
 
 
 def certificate_lines(certificate: Any) -> list[str]:

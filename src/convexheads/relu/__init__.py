@@ -2,6 +2,7 @@
 
 from convexheads.relu.arrangement import cover_bound, enumerate_cells
 from convexheads.relu.bracket import Bracket, find_bracket
+from convexheads.relu.growth import extend
 from convexheads.relu.network import check_cones, convert, enumerate_gates, refine
 from convexheads.relu.relaxation import LowerBound, cone_bound
 
@@ -14,6 +15,7 @@ __all__ = [
     "cover_bound",
     "enumerate_cells",
     "enumerate_gates",
+    "extend",
     "find_bracket",
     "refine",
 ]

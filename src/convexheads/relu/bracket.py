@@ -15,6 +15,7 @@ import torch
 
 from convexheads.certificate import Certificate
 from convexheads.problem import Problem
+from convexheads.relu.growth import extend
 from convexheads.relu.network import convert, own_signs, refine
 from convexheads.relu.relaxation import cone_bound
 from convexheads.types import Factors
@@ -23,6 +24,7 @@ ROUNDING = 1e-9
 """Relative size of what may be rounding where lower and upper bound meet."""
 REFINED = "local refinement of the converted network"
 CONVERTED = "conversion of the gated solution"
+GROWN = "local refinement, with units added"
 REREAD = "local refinement from the gated units with masks of their own"
 
 
@@ -94,6 +96,7 @@ def find_bracket(
     covers_all_patterns: bool,
     bound: str = "gated",
     steps: int = 1000,
+    tol: float = 1e-7,
 ) -> tuple[Factors, Bracket]:
     """The best ReLU network found from a gated solution, and the bracket of the global optimum.
 
@@ -106,6 +109,7 @@ def find_bracket(
         only computed where all patterns are covered.
     steps : most L-BFGS iterations from each of two starts: the converted network, whose outputs are those of the
         gated one, and the gated solution's units with masks of their own.
+    tol : a refinement ends where 50 iterations lower the objective by less than this share of it.
 
     Raises
     ------
@@ -113,11 +117,14 @@ def find_bracket(
         As the conversion and ``cone_bound`` do.
     """
     converted = convert(program, network, factors)
-    starts = {CONVERTED: converted, REFINED: refine(network, converted, steps)}
-    starts[REREAD] = refine(network, own_signs(network, factors), steps)
+    starts = {CONVERTED: converted, REFINED: refine(network, converted, steps, tol)}
+    starts[REREAD] = refine(network, own_signs(network, factors), steps, tol)
     values = {name: network.value(found, torch.float64) for name, found in starts.items()}
     # Of equal objectives the one that was reached with less.
     best = min(values, key=lambda name: values[name])
+    starts[GROWN] = extend(network, starts[best], steps, tol)
+    values[GROWN] = network.value(starts[GROWN], torch.float64)
+    best = best if values[GROWN] >= values[best] else GROWN
     lower, proved, by = certificate.dual, certificate.certified, "gated program"
     if bound == "cones" and covers_all_patterns:
         tighter = cone_bound(program, network, factors, certificate)

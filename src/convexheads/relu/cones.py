@@ -4,8 +4,8 @@ With pre-activations H u (N rows) and a pattern of signs s in {-1, 1}^N, the con
 Where K has an interior every u is u+ - u- with u+ and u- in K, so that a gated unit becomes two ReLU units with the
 same outputs (Mishkin, Sahiner and Pilanci, Fast convex optimization for two-layer ReLU networks, ICML 2022).
 
-The cheapest pair has the least ||u+|| + ||u-||, which is what its two units cost beside the same ||v||. Here
-u- = u+ - u, so that this is convex in u+ alone, subject to R u+ >= max(0, R u). It is solved by reweighting: the minimum of
+The cheapest pair has the least ||u+|| + ||u-||, which is what its two units cost beside the same ||v||. With
+u- = u+ - u this is convex in u+, subject to R u+ >= max(0, R u). It is solved by reweighting: the minimum of
 ||u+||^2 / a + ||u-||^2 / b, with a and b the norms of the pair before, is the point of this polyhedron next to a share
 a / (a + b) of u. That is a least-distance problem, solved by non-negative least squares (Lawson and Hanson, Solving
 least squares problems, 1974, chapter 23), and no step raises the cost.

@@ -159,7 +159,7 @@ def _closed_pairs(network: Problem, k: int, units: Units, gates: Tensor) -> list
     assert units.u is not None
     assert units.gate is not None
     component = network.components[k]
-    own = gates[units.gate.to(gates.device)].double()
+    own = gates[units.gate.to(gates.device)].to(units.v.device, torch.float64)
     least = torch.full((len(units.v),), math.inf, dtype=torch.float64, device=units.v.device)
     largest = -least
     for start in range(0, network.n, step := network.chunk_rows(4 * len(units.v), True)):
@@ -194,11 +194,12 @@ def balance(units: Units) -> Units:
     return Units(u * root.view(-1, *[1] * (u.ndim - 1)), v / root.view(-1, 1, 1))
 
 
-def refine(network: Problem, factors: Factors, steps: int = 1000) -> Factors:
+def refine(network: Problem, factors: Factors, steps: int = 1000, tol: float = 1e-7) -> Factors:
     """A ReLU network whose objective is no higher, by full-batch L-BFGS on all of its weights from the given ones.
 
     Restarted where it comes to a halt, because a ReLU has kinks that curvature pairs do not see. In the dtype of
-    ``network``; the result is compared in float64.
+    ``network``; the result is compared in float64. Ends after ``steps``, or where 50 of them together lower the
+    objective by less than ``tol`` of itself.
     """
     start = factors.to(network.dtype)
     if not start.flat().numel():
@@ -216,7 +217,7 @@ def refine(network: Problem, factors: Factors, steps: int = 1000) -> Factors:
         if failures > 1:
             break
         if since == 50:
-            if reference - optimiser.value <= 1e-7 * abs(reference):
+            if reference - optimiser.value <= tol * abs(reference):
                 break
             since, reference = 0, optimiser.value
     found = start.like(optimiser.x.clone()).to(torch.float64)
