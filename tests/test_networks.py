@@ -121,5 +121,5 @@ def test_an_unknown_method() -> None:
 
 def test_a_relu_network_has_no_certificate() -> None:
     X, _ = data()
-    with pytest.raises(InputError, match="'relu', whose units are not linear in u"):
+    with pytest.raises(InputError, match="ReLU units, whose optimum is not a convex program"):
         certify(network("mlp"), X, np.arange(N) % C, 0.1)
