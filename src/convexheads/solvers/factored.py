@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from convexheads.architectures import Stats
 from convexheads.certificate import (
     Certificate,
     certify_factors,
@@ -291,11 +292,16 @@ class Factored:
     def _step_sizes(self, factors: Factors, pairs: list[SingularPair]) -> list[float]:
         problem = self.problem
         dtype = factors.tensors()[0].dtype
-        targets, weights = problem.targets_of(slice(0, problem.n), dtype)
         O = problem.forward(factors, dtype)
-        moves = torch.stack([self._pair_outputs(pair, dtype) for pair in pairs])
-        curved = torch.stack([problem.loss.hessian_product(O, targets, weights, move) for move in moves])
-        Q = (moves.flatten(1) @ curved.flatten(1).mT).double()
+        Q = torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=problem.device)
+        # A pair takes its features and a copy of the outputs.
+        width = math.ceil(problem.outputs / min(c.form.workspace for c in problem.components))
+        for index, stats in problem.chunks(dtype, len(pairs) * (1 + width)):
+            targets, weights = problem.targets_of(index, dtype)
+            moves = torch.stack([self._pair_outputs(pair, stats, targets.shape, dtype) for pair in pairs])
+            curved = torch.stack([problem.loss.hessian_product(O[index], targets, weights, move) for move in moves])
+            Q += (moves.flatten(1) @ curved.flatten(1).mT).double()
+        Q = problem.world.sum(Q)
         Q = 0.5 * (Q + Q.mT)
         Q += torch.diag(1e-4 * Q.diagonal() + 1e-30)
         excess = torch.tensor(
@@ -306,19 +312,15 @@ class Factored:
         right = torch.linalg.solve_triangular(factor.mT, excess[:, None], upper=False)[:, 0]
         return nnls(factor.numpy(), right.numpy())[0].tolist()
 
-    def _pair_outputs(self, pair: SingularPair, dtype: torch.dtype) -> Tensor:
+    def _pair_outputs(self, pair: SingularPair, stats: list[Stats], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What a pair adds to the outputs of some samples, of their shape."""
         component = self.problem.components[pair.component]
         u = pair.u.to(dtype).view(1, *component.form.u_shape)
         v = pair.v.to(dtype).view(1, component.form.value_width, component.width)
         gate = None if pair.gate is None else torch.tensor([pair.gate], device=self.problem.device)
-        return self._component_outputs(pair.component, Units(u, v, gate), dtype)
-
-    def _component_outputs(self, k: int, units: Units, dtype: torch.dtype) -> Tensor:
-        problem, component = self.problem, self.problem.components[k]
-        O = torch.zeros(problem.targets.shape, dtype=dtype, device=problem.device)
-        for index, stats in problem.chunks(dtype, 1):
-            rows = component.forward(component.features(stats[k], units), units.v)
-            O[index][..., component.outputs] = rows.view(*O[index].shape[:-1], component.width)
+        O = torch.zeros(shape, dtype=dtype, device=self.problem.device)
+        rows = component.forward(component.features(stats[pair.component], Units(u, v, gate)), v)
+        O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
     # The solve --------------------------------------------------------------------------------------------

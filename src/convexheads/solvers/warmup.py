@@ -44,13 +44,17 @@ def adam_epochs(
     second = [torch.zeros_like(t) for t in tensors]
     steps = epochs * math.ceil(problem.n / BATCH)
     step = 0
+    # A batch is small enough as a whole unless memory is limited.
+    most = BATCH if problem.budget.limit is None else problem.chunk_rows(max(1, variables.n_units), True)
     for _ in range(epochs):
         order = torch.randperm(problem.n, generator=generator).to(problem.device)
         for index in order.split(BATCH):
-            stats = problem.stats_of(index, dtype)
-            targets, weights = problem.targets_of(index, dtype)
             gradient = factors.like(torch.zeros_like(factors.flat()))
-            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+            for part in problem.own_samples(index)[0].split(most):
+                stats = problem.stats_of(part, dtype)
+                targets, weights = problem.targets_of(part, dtype)
+                problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+            _, gradient = problem.summed(0.0, gradient)
             problem.add_decay(variables, gradient)
             step += 1
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
