@@ -30,6 +30,7 @@ LAYERS: list[list[str]] = [
     ["subspace"],
     ["certificate"],  # knows no solver; solvers stop at the gap that it certifies
     ["solvers"],
+    ["checkpoint"],
     ["path"],
     ["relu"],
     ["heads"],

@@ -115,7 +115,7 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
 
 
-def local_device(name: str | None) -> str | None:
+def local_device(name: str | torch.device) -> str | torch.device:
     """``name``, with ``auto`` and ``cuda`` meaning this worker's own accelerator where there are several."""
     if name in ("auto", "cuda") and launched() and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

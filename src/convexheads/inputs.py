@@ -9,7 +9,7 @@ import torch
 from sklearn.utils.validation import check_array
 
 from convexheads.errors import InputError, describe
-from convexheads.memory import current, release_pages
+from convexheads.memory import FileRows, current, folder_of, release_pages, roomy_folder
 
 _EXPECTED = "tokens (n, s, d): samples, tokens, features; or (n, d) for one token a sample"
 
@@ -27,6 +27,7 @@ class TokenRows:
         self.source = source
         shape = tuple(int(size) for size in source.shape)
         self.shape = shape if len(shape) == 3 else (shape[0], 1, shape[1])
+        self.dtype = getattr(source, "dtype", None)
         step = self.rows_per_chunk
         for start in range(0, self.shape[0] if check else 0, step):
             check_finite(self[start : start + step], start)
@@ -64,13 +65,60 @@ class _Run:
 
     def __init__(self, source: TokenRows, start: int, stop: int) -> None:
         self.source, self.start = source, start
-        self.shape = (stop - start, *source.shape[1:])
+        self.shape, self.dtype = (stop - start, *source.shape[1:]), source.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if isinstance(index, slice):
             start, stop, step = index.indices(self.shape[0])
             return self.source[slice(self.start + start, self.start + stop, step)]
         return self.source[np.asarray(index) + self.start]
+
+
+def own_rows(tokens: torch.Tensor | TokenRows, rows: slice) -> torch.Tensor | TokenRows:
+    """Consecutive samples of tokens, not read."""
+    return tokens[rows] if isinstance(tokens, torch.Tensor) else tokens.part(rows)
+
+
+def shown(view: Any, X: Any) -> torch.Tensor | TokenRows:
+    """Tokens X as a fitted transform shows them.
+
+    They are held in memory where they fit into the memory that is left to them, else in a temporary file beside the
+    tokens, and evaluated whenever they are read where there is no room for one.
+    """
+    if not hasattr(view, "view"):
+        return as_tokens(view.transform(X))
+    seen = view.view(X)
+    dtype = torch.float64 if seen.dtype == np.float64 else torch.float32
+    needed = int(np.prod(seen.shape)) * dtype.itemsize
+    if needed <= current().cache:
+        return as_tokens(np.asarray(seen))
+    folder = roomy_folder(folder_of(X), needed)
+    if folder is None:
+        return TokenRows(seen)
+    kept = FileRows(seen.shape, dtype, folder)
+    for start in range(0, seen.shape[0], seen.rows_per_chunk):
+        part = torch.from_numpy(seen[start : start + seen.rows_per_chunk])
+        check_finite(part, start)
+        kept.write(start, part)
+    return TokenRows(kept, check=False)
+
+
+class _Features:
+    """The first ``count`` features of other rows."""
+
+    def __init__(self, source: TokenRows, count: int) -> None:
+        self.source, self.count = source, count
+        self.shape, self.dtype = (*source.shape[:2], count), source.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.source[index][..., : self.count]
+
+
+def without_last(X: Any) -> Any:
+    """Tokens without their last feature."""
+    if isinstance(X, TokenRows):
+        return TokenRows(_Features(X, X.shape[2] - 1), check=False)
+    return X[..., :-1]
 
 
 def check_finite(part: torch.Tensor, start: int = 0) -> None:

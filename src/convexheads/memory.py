@@ -138,8 +138,8 @@ class Budget:
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
-            min(CACHE_BYTES, limit // 4),
-            max(2**13, min(WORKSPACE, limit // 512)),
+            min(CACHE_BYTES, limit // 6),
+            max(2**13, min(WORKSPACE, limit // 128)),
             max(2**16, min(READ_BYTES, limit // 32)),
         )
 

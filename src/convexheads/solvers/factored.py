@@ -27,7 +27,7 @@ from convexheads.certificate import (
 )
 from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
-from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.warmup import BATCH, adam_epochs
 from convexheads.spectral import balanced_factors
@@ -211,6 +211,12 @@ def largest(factors: Factors, count: int) -> Factors:
     return Factors(found, factors.intercept)
 
 
+def curvature_pairs(problem: Problem, x: Tensor) -> int:
+    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a quarter of the memory limit."""
+    limit = problem.budget.limit
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (8 * x.numel() * x.element_size())))
+
+
 class Factored:
     """State of one solve."""
 
@@ -333,10 +339,11 @@ class Factored:
             return value, gradient.flat()
 
         noise = 2e-7 if dtype == torch.float32 else 1e-14
-        return LBFGS(evaluate, factors.flat(), noise), factors
+        x = factors.flat()
+        return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
 
-    def report(self, objective: float, gap: float, rank: int) -> None:
-        seconds = time.perf_counter() - self.start
+    def report(self, objective: float, gap: float, factors: Factors) -> None:
+        seconds, rank = time.perf_counter() - self.start, factors.n_units
         self.history.append(objective, gap, seconds, rank)
         if self.progress is not None:
             self.progress(
@@ -346,6 +353,7 @@ class Factored:
                     "gap": gap,
                     "rank": rank,
                     "seconds": seconds,
+                    "factors": factors,
                 }
             )
 
@@ -363,7 +371,7 @@ class Factored:
             if self.n_iter >= next_check:
                 current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
-                self.report(bound.primal, bound.relative_gap, current.n_units)
+                self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.prove(current)
                     if solution is not None:
@@ -561,6 +569,7 @@ def solve_factored(
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
     prove: bool = True,
+    resumed: bool = False,
 ) -> Solution:
     """Minimise by preconditioned L-BFGS on the factors, with certified gap.
 
@@ -572,10 +581,13 @@ def solve_factored(
     max_rank : largest number of units, None for no limit beyond the mathematics.
     random_state : seed; the result is a function of it.
     init : factors to start from, such as those of a larger beta or of a trained network.
-    progress : called with a dict at every check.
+    progress : called with a dict at every check; its ``factors`` are those of the moment.
     prove : False ends with an estimated gap, not certified, and saves the time of the proof: for the steps of a path.
+    resumed : whether ``init`` is where a solve of this very problem was: then no new units are tried first.
     """
     state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
+    if init is not None and resumed:
+        return state.run(init.to(problem.dtype))
     if init is None:
         return state.run(state.first_guess(initial_units(problem, max_rank)))
     if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):

@@ -12,6 +12,7 @@ Each is inverted exactly through eigenvectors, damping included.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,15 @@ SAMPLES = 1024
 """Samples that moments are taken over."""
 ROWS_PER_COLUMN = 24
 """Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
+
+
+def group_size(problem: Problem, columns: int) -> int:
+    """Largest side of the moment matrices of so many columns; smaller where memory is limited."""
+    limit = problem.budget.limit
+    if limit is None:
+        return GROUP_SIZE
+    # One matrix with its eigenvectors, and the moments, eigenvectors and scales of all groups together.
+    return max(16, min(GROUP_SIZE, math.isqrt(limit // 256), limit // (96 * max(1, columns))))
 
 
 class KroneckerInverse:
@@ -139,11 +149,10 @@ class Preconditioner:
             full = hessian * rows_per_sample
             self.intercept_inverse = torch.linalg.pinv(full, hermitian=True, rtol=1e-5)
 
-    @staticmethod
-    def _v_sizes(units: Units) -> list[int]:
+    def _v_sizes(self, units: Units) -> list[int]:
         """Groups of whole units whose stacked features stay small enough for an eigendecomposition."""
         m, k = units.v.shape[:2]
-        per = max(1, GROUP_SIZE // k) if k < GROUP_SIZE else 1
+        per = max(1, group_size(self.problem, m * k) // k)
         return [k * min(per, m - i) for i in range(0, m, per)]
 
     def apply(self, gradient: Factors) -> Factors:
@@ -174,8 +183,9 @@ class UBlocks:
         m, p = len(units.u), self.component.p
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
-        self.full = m * p <= FULL_SIZE
-        per = max(1, m) if self.full else max(1, GROUP_SIZE // b)
+        most = group_size(problem, m * b)
+        self.full = m * p <= min(FULL_SIZE, most)
+        per = max(1, m) if self.full else max(1, most // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
         like = units.u
         if self.full:
