@@ -212,9 +212,9 @@ def largest(factors: Factors, count: int) -> Factors:
 
 
 def curvature_pairs(problem: Problem, x: Tensor) -> int:
-    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a quarter of the memory limit."""
+    """Curvature pairs that L-BFGS keeps: fewer where they would take more than an eighth of the memory limit."""
     limit = problem.budget.limit
-    return MEMORY if limit is None else max(4, min(MEMORY, limit // (8 * x.numel() * x.element_size())))
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (16 * x.numel() * x.element_size())))
 
 
 class Factored:
@@ -392,6 +392,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             if self.n_iter - built_at >= REBUILD:
+                optimiser.inverse = None  # its memory goes first
                 inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
                 optimiser.set_inverse(_flat_inverse(inverse, shapes))
                 built_at = self.n_iter

@@ -178,7 +178,14 @@ class UBlocks:
 
     def __init__(self, problem: Problem, k: int, units: Units) -> None:
         self.component = problem.components[k]
-        self.workspace = min(WORKSPACE, problem.budget.workspace)
+        self.elements = 16 * WORKSPACE
+        if problem.budget.limit is not None:
+            # Features are held as well as the copies of u.
+            self.elements = (
+                problem.budget.workspace
+                * self.component.p
+                // max(self.component.p, self.component.form.workspace, self.component.form.value_width)
+            )
         assert units.u is not None
         m, p = len(units.u), self.component.p
         a, b = self.component.form.u_matrix
@@ -210,7 +217,7 @@ class UBlocks:
         def features(stat: tuple[Tensor, ...], u: Tensor) -> Tensor:
             return form.unit_features(tuple(t[None] for t in stat), u, gate)[0]
 
-        rows = max(1, 16 * self.workspace // u0.numel())
+        rows = max(1, self.elements // u0.numel())
         for i in range(0, len(E), rows):
             part = tuple(t[i : i + rows] for t in stats)
             # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
