@@ -215,6 +215,8 @@ class Problem:
         fresh = not cached or self._cached_stats(dtype) is None
         for index in split_rows(self.local, self.chunk_rows(n_units, fresh)):
             yield index, self.stats_of(index, dtype, cached)
+        if self.budget.limit is not None:
+            memory.trim()
 
     # Forward ----------------------------------------------------------------------------------------------
 
