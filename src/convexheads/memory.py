@@ -162,7 +162,7 @@ class Budget:
         return cls(
             limit,
             min(CACHE_BYTES, limit // 6),
-            max(2**13, min(WORKSPACE, limit // 128)),
+            max(2**13, min(WORKSPACE, limit // 256)),
             max(2**16, min(READ_BYTES, limit // 32)),
         )
 

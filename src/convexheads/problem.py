@@ -39,6 +39,10 @@ class Rows(Protocol):
 WORKSPACE = memory.WORKSPACE  # elements of the largest temporary of one chunk
 
 
+TRIM_CHUNKS = 16
+"""Chunks after which freed memory goes back to the system, where it is limited."""
+
+
 class KeptRows(Protocol):
     """Rows of a statistic of all samples: a tensor, or a temporary file."""
 
@@ -213,10 +217,10 @@ class Problem:
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
         fresh = not cached or self._cached_stats(dtype) is None
-        for index in split_rows(self.local, self.chunk_rows(n_units, fresh)):
+        for done, index in enumerate(split_rows(self.local, self.chunk_rows(n_units, fresh)), 1):
             yield index, self.stats_of(index, dtype, cached)
-        if self.budget.limit is not None:
-            memory.trim()
+            if self.budget.limit is not None and (done % TRIM_CHUNKS == 0 or index.stop == self.local):
+                memory.trim()
 
     # Forward ----------------------------------------------------------------------------------------------
 

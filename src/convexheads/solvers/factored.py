@@ -212,9 +212,9 @@ def largest(factors: Factors, count: int) -> Factors:
 
 
 def curvature_pairs(problem: Problem, x: Tensor) -> int:
-    """Curvature pairs that L-BFGS keeps: fewer where they would take more than an eighth of the memory limit."""
+    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
     limit = problem.budget.limit
-    return MEMORY if limit is None else max(4, min(MEMORY, limit // (16 * x.numel() * x.element_size())))
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
 
 
 class Factored:
