@@ -80,6 +80,10 @@ def readable(count: float) -> str:
 
 def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        # What getrusage tells on Linux includes the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     try:
         import resource
     except ImportError:  # Windows
@@ -158,12 +162,14 @@ class Budget:
         """The shares of a limit."""
         if limit is None:
             return cls()
+        # A part is left to what is small, and to holes between blocks.
+        share = limit * 3 // 4
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
-            min(CACHE_BYTES, limit // 6),
-            max(2**13, min(WORKSPACE, limit // 256)),
-            max(2**16, min(READ_BYTES, limit // 32)),
+            min(CACHE_BYTES, share // 6),
+            max(2**13, min(WORKSPACE, share // 256)),
+            max(2**16, min(READ_BYTES, share // 32)),
         )
 
 
