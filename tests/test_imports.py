@@ -17,6 +17,7 @@ PACKAGE = "convexheads"
 # file `name.py` and for everything in the folder `name/`.
 LAYERS: list[list[str]] = [
     ["errors", "types"],
+    ["memory", "distributed"],
     ["inputs", "targets"],
     ["tokens"],
     ["datasets", "backbones"],
@@ -29,6 +30,7 @@ LAYERS: list[list[str]] = [
     ["subspace"],
     ["certificate"],  # knows no solver; solvers stop at the gap that it certifies
     ["solvers"],
+    ["checkpoint"],
     ["path"],
     ["relu"],
     ["heads"],

@@ -252,3 +252,39 @@ def test_intervals_are_ordered() -> None:
     for lower, upper in ((2.0, 1.0), (math.nan, 1.0), (0.0, math.nan)):
         with pytest.raises(ValueError, match="lower <= upper"):
             Interval(lower, upper, "wrong", True)
+
+
+@pytest.mark.parametrize("shape", [(40, 133), (133, 40), (64, 64)])
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_bands_change_nothing(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], size: float) -> None:
+    gamma = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * size
+    kept = gamma.clone()
+    whole = largest_singular_value(gamma)
+    monkeypatch.setattr(spectral, "BAND", 7 * min(shape))
+    banded = largest_singular_value(gamma)
+    assert torch.equal(gamma, kept)
+    assert banded.proved
+    assert banded.method == whole.method == "cholesky"
+    exact = float(torch.linalg.svdvals(gamma / size)[0]) * size
+    for found in (whole, banded):
+        assert found.lower <= exact * (1 + 1e-13)
+        assert exact <= found.upper <= exact * (1 + 1e-9)
+    assert not proves_bound(gamma, exact * (1 - 1e-12))
+
+
+@pytest.mark.slow
+def test_the_largest_size_that_is_proved() -> None:
+    k, sigma = spectral.PROOF_SIZE, 3.0
+    generator = torch.Generator().manual_seed(0)
+    u = torch.nn.functional.normalize(torch.randn(k, generator=generator, dtype=torch.float64), dim=0)
+    v = torch.nn.functional.normalize(torch.randn(k, generator=generator, dtype=torch.float64), dim=0)
+    # A diagonal of at most 1 on the complement of u and v keeps sigma the largest singular value.
+    gamma = torch.diag(torch.linspace(0, 1, k, dtype=torch.float64))
+    gamma -= torch.outer(u, u @ gamma)
+    gamma -= torch.outer(gamma @ v, v)
+    gamma += sigma * torch.outer(u, v)
+    found = largest_singular_value(gamma)
+    assert found.proved
+    assert found.method == "cholesky"
+    assert found.lower <= sigma * (1 + 1e-12)
+    assert sigma <= found.upper <= sigma * (1 + 1e-6)

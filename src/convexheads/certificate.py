@@ -120,7 +120,7 @@ def rescaled_bound(
     value, alpha = dual_value(problem, L, upper, ridge, evaluations)
     if intercept is not None:
         # What rounding leaves of sum_i L_i = 0 costs at most its product with the best intercept.
-        rest = float(L.reshape(-1, problem.outputs).sum(0).norm())
+        rest = float(problem.world.sum(L.reshape(-1, problem.outputs).sum(0)).norm())
         value -= alpha * rest * (2.0 * float(intercept.norm()) + 1.0)
     # Next to the optimum rounding could put the dual above the primal; a smaller lower bound is as true.
     value = min(value, primal)

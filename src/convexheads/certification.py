@@ -25,7 +25,7 @@ from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import DataError, InputError, describe
 from convexheads.gates import ACTIVATIONS
 from convexheads.heads import Branch, ConvexHead, group_form, make_branch
-from convexheads.inputs import TokenRows, as_tokens
+from convexheads.inputs import TokenRows, as_tokens, shown
 from convexheads.losses import make_loss
 from convexheads.operator import Component
 from convexheads.problem import Problem, Rows
@@ -165,7 +165,7 @@ def certify(
 
 
 def _view_rows(X: Any, branch: Branch) -> Rows:
-    return as_tokens(X) if branch.view is None else as_tokens(branch.view.transform(X))
+    return as_tokens(X) if branch.view is None else shown(branch.view, X)
 
 
 def _module_rows(X: Any, view: nn.Module) -> Rows:

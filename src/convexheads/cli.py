@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, or a wrong option that has been reported
         return stop.code if isinstance(stop.code, int) else 0
     module = import_module(COMMANDS[args.command][0])
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        return _shared(args, module)
     # Not before: the base of the errors comes with scikit-learn, which takes a second to import.
     from convexheads.errors import ConvexHeadsError
 
@@ -110,6 +112,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = getattr(module, "KEPT", "nothing was written")
         print(f"\nconvexheads: stopped; {kept}", file=sys.stderr)
+        return 130
+
+
+SHARED = ("extract", "fit")
+"""Commands whose work is spread over the workers that torchrun starts."""
+
+
+def _shared(args: argparse.Namespace, module: Any) -> int:
+    """A command as one of several workers: the first one writes and prints; an error is told once."""
+    from contextlib import ExitStack, redirect_stderr, redirect_stdout
+
+    from convexheads import distributed
+    from convexheads.errors import ConvexHeadsError, InputError, describe
+
+    world = distributed.ALONE
+    try:
+        with ExitStack() as stack:
+            world = stack.enter_context(distributed.joined())
+            if args.command not in SHARED:
+                got, expected = f"{args.command} under torchrun", f"one process, or one of {', '.join(SHARED)}"
+                raise InputError(describe(got, expected))
+            if not world.first:
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(silence))
+                stack.enter_context(redirect_stderr(silence))
+            stack.enter_context(_short_warnings())
+            return int(module.run(args))
+    except (ConvexHeadsError, OSError) as error:
+        return _failed(error) if world.first_to_say(str(error)) else 2
+    except KeyboardInterrupt:
         return 130
 
 

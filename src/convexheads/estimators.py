@@ -19,11 +19,13 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
 
+from convexheads import distributed, memory
 from convexheads.architectures import architecture_class
 from convexheads.certification import check_same_gates, factors_of_weights
+from convexheads.checkpoint import Checkpoint, Checkpoints, fingerprint_array, fingerprint_tokens
 from convexheads.errors import InputError, NotConvergedWarning, describe, require
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
-from convexheads.inputs import TokenRows, as_tokens
+from convexheads.inputs import TokenRows, as_tokens, own_rows, shown
 from convexheads.losses import make_loss
 from convexheads.problem import Problem, Rows
 from convexheads.relu import Bracket, check_cones, enumerate_gates, find_bracket
@@ -44,6 +46,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """``None`` is the CPU; ``"auto"`` the first accelerator that torch finds."""
     if device is None:
         return torch.device("cpu")
+    device = distributed.local_device(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     expected = "None, 'auto' or a torch device such as 'cuda'"
@@ -52,8 +55,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise InputError("device: " + describe(repr(device), expected)) from error
     try:
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Certificates need float64, which some accelerators (mps) do not have.
+        torch.empty(1, dtype=torch.float64, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         got = f"{device!r}, which cannot be used here ({reason})"
         fix = "'auto' takes an accelerator where there is one."
@@ -149,13 +153,23 @@ class _ConvexHeadEstimator(BaseEstimator):
             raise InputError("dtype: " + describe(repr(self.dtype), "'float32' or 'float64'"))
         if not isinstance(self.fit_intercept, (bool, np.bool_)):
             raise InputError("fit_intercept: " + describe(repr(self.fit_intercept), "True or False"))
+        memory.parse_bytes(self.memory_limit)
         solver_function(self.solver).parse(self.solver_options)
         random_generator(self.random_state)
         resolve_device(self.device)
 
     def _build(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str) -> tuple[Problem, list[Branch]]:
-        """The problem for checked targets (n[, s], c) and sample weights (n,) that sum to one; beta is left at 1."""
-        tokens = as_tokens(X)
+        """The problem for checked targets (n[, s], c) and sample weights (n,) that sum to one; beta is left at 1.
+
+        It holds this worker's samples where several share the fit.
+        """
+        world = distributed.current()
+        own_samples = world.rows(len(targets))
+        tokens = as_tokens(X, check=False)
+        if world.size > 1:
+            tokens = own_rows(tokens, own_samples)
+        if isinstance(tokens, TokenRows):
+            tokens = TokenRows(tokens)  # reads them all once
         rng = np.random.default_rng(random_generator(self.random_state).randint(2**31 - 1))
         branches: list[Branch] = []
         rows: list[Rows] = []
@@ -170,7 +184,7 @@ class _ConvexHeadEstimator(BaseEstimator):
                         "view: " + describe(type(view).__name__, "a transform, such as those of convexheads.tokens")
                     )
                 view = clone(view).fit(X)
-                own = as_tokens(view.transform(X))
+                own = shown(view, X if world.size == 1 else tokens)
                 options["view"] = view
             auto_weight.append(options.get("weight") is None)
             shape = (int(own.shape[1]), int(own.shape[2]))
@@ -180,19 +194,21 @@ class _ConvexHeadEstimator(BaseEstimator):
             branches.append(make_branch(options, shape, targets.shape[-1], pooled, rng))
             rows.append(own)
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
-        size = max(int(np.prod(own.shape)) for own in rows)
+        size = max(len(targets) * int(np.prod(own.shape[1:])) for own in rows)
         dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= 1e-6 else torch.float64
         problem = Problem(
             components,
             rows,
             make_loss(loss),
-            torch.as_tensor(targets),
-            torch.as_tensor(weights),
+            torch.as_tensor(targets[own_samples]),
+            torch.as_tensor(weights[own_samples]),
             1.0,
             bool(self.fit_intercept),
             dtype,
             resolve_device(self.device),
+            world=world,
         )
+        check_memory(problem)
         if len(branches) > 1 and any(auto_weight):
             self._balance(problem, branches, auto_weight)
         return problem, branches
@@ -209,7 +225,15 @@ class _ConvexHeadEstimator(BaseEstimator):
                     if component.branch == index:
                         component.weight = branch.weight
 
-    def _fit_problem(self, X: Any, targets: np.ndarray, weights: np.ndarray, loss: str, init: Any) -> Any:
+    def _fit_problem(
+        self,
+        X: Any,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        loss: str,
+        init: Any,
+        checkpoint: str | Path | Checkpoints | None = None,
+    ) -> Any:
         self._check_parameters()
         covered = self._covers_all_patterns()
         problem, branches = self._build(X, targets, weights, loss)
@@ -223,6 +247,21 @@ class _ConvexHeadEstimator(BaseEstimator):
         # beta_max = 0 means that the tokens carry no signal: any beta gives the empty head.
         problem = problem.with_beta(float(beta) if beta > 0 else float(self.beta_ratio))
         seed = int(random_generator(self.random_state).randint(2**31 - 1))
+        show = _printer(self.verbose)
+        start, resumed, watch = initial_factors(init, branches), False, show
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoint(
+                Checkpoints.of(checkpoint),
+                lambda: problem_fingerprint(X, targets, weights, problem, branches),
+                problem.world,
+            )
+            found = kept.load()
+            if found is not None:
+                start, resumed = initial_factors(on_device(found[0], problem.device), branches), True
+                if self.verbose:
+                    print(f"goes on from {kept.path}: iteration {found[1]['iteration']}, gap {found[1]['gap']:.2e}")
+            watch = _both(show, kept.progress)
         solver = solver_function(self.solver)
         solution = solver(
             problem,
@@ -230,18 +269,23 @@ class _ConvexHeadEstimator(BaseEstimator):
             max_iter=int(self.max_iter),
             max_rank=None if self.max_rank is None else int(self.max_rank),
             random_state=seed,
-            init=initial_factors(init, branches),
-            progress=_printer(self.verbose),
+            init=start,
+            progress=watch,
+            resumed=resumed,
             options=self.solver_options,
         )
-        tiny = max(int(np.prod(rows.shape)) for rows in problem.tokens) <= TINY_PROBLEM
+        if kept is not None:
+            gap = solution.certificate.relative_gap
+            state = {"iteration": solution.n_iter, "objective": solution.certificate.primal, "gap": gap}
+            kept.save(solution.factors, {**state, "rank": solution.factors.n_units})
+        size = problem.n * max(int(np.prod(t.shape[1:])) for t in problem.tokens)
         # A trained network stays as training left it.
-        if tiny and solution.converged and solver.promises_tol:
+        if size <= TINY_PROBLEM and solution.converged and solver.promises_tol:
             solution = polish(problem, solution)
         self._network: Factors | None = None
         self.bracket_: Bracket | None = None
         if network is not None:
-            found, self.bracket_ = find_bracket(
+            units, self.bracket_ = find_bracket(
                 problem,
                 network.with_beta(problem.beta),
                 solution.factors,
@@ -251,7 +295,7 @@ class _ConvexHeadEstimator(BaseEstimator):
                 steps=int(self.max_iter),
                 tol=min(1e-6, 1e-3 * float(self.tol)),
             )
-            self._network = _on_cpu(found)
+            self._network = on_device(units, "cpu")
         self._keep(problem, branches, solution, loss)
         if not solution.converged:
             warnings.warn(not_converged(solution, float(self.tol)), NotConvergedWarning, stacklevel=3)
@@ -287,7 +331,7 @@ class _ConvexHeadEstimator(BaseEstimator):
         self._factors = Factors(
             [units.to(torch.float64) for units in solution.factors.units], solution.factors.intercept
         ).to(torch.float64)
-        self._factors = _on_cpu(self._factors)
+        self._factors = on_device(self._factors, "cpu")
         for branch in branches:
             branch.gates = [None if g is None else g.cpu() for g in branch.gates]
         # A problem small enough to be solved in float64 is evaluated in it, too.
@@ -335,12 +379,14 @@ class _ConvexHeadEstimator(BaseEstimator):
         """Outputs (n[, s], c) in chunks of samples."""
         check_is_fitted(self)
         self._check_columns(X)
-        tokens = as_tokens(X)
+        with memory.limited(self.memory_limit) as budget:
+            tokens = as_tokens(X)
         self._check_tokens(tuple(tokens.shape))
         module = self.to_module(self._precision).to(resolve_device(self.device))
         weight = next(module.parameters())
         n_units = (self._factors if self._network is None else self._network).n_units
-        step = max(16, min(1024, 2**25 // (int(np.prod(tokens.shape[1:])) * max(1, n_units))))
+        entries = int(np.prod(tokens.shape[1:])) * max(1, n_units)
+        step = max(16 if budget.limit is None else 1, min(1024, 32 * budget.workspace // entries))
         with torch.no_grad():
             parts = [
                 module(tokens[i : i + step].to(weight.device, weight.dtype)).double().cpu()
@@ -377,7 +423,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         from sklearn.utils.validation import _check_feature_names
 
         _check_feature_names(self, X, reset=True)
-        tokens = as_tokens(X)
+        # Tokens on disk are looked through when the problem is built.
+        tokens = as_tokens(X, check=False)
         shape = tuple(int(size) for size in tokens.shape)
         self.n_features_in_ = shape[2]
         self.n_tokens_in_ = shape[1]
@@ -440,16 +487,40 @@ def _all_gates(
     return found if len(found) > 1 else list(found[0])
 
 
-def _on_cpu(factors: Factors) -> Factors:
+def check_memory(problem: Problem) -> None:
+    """Raise InputError if what no chunk can make smaller does not fit into the memory limit."""
+    limit = problem.budget.limit
+    if limit is None:
+        return
+    # Targets, outputs, dual point, and a few temporaries of their size, in float64.
+    needed = 8 * 8 * problem.targets.numel()
+    # A block's Gamma and its Gram matrix with its factor; the Krylov search holds less.
+    blocks = [(max(1, c.p), c.q) for c in problem.components if not c.ridge]
+    needed += max((8 * (3 * p * q + 2 * min(p, q) ** 2) for p, q in blocks), default=0)
+    if needed > limit:
+        largest = max(blocks, default=(0, 0))
+        raise InputError(
+            "memory_limit: "
+            + describe(
+                memory.readable(limit),
+                f"at least {memory.readable(needed)}: for the outputs of {problem.local} samples and a block of "
+                f"{largest[0]} x {largest[1]}",
+                "Raise it, spread the fit over several workers, or reduce the features.",
+            )
+        )
+
+
+def on_device(factors: Factors, device: torch.device | str) -> Factors:
+    """The factors, detached, on a device."""
     units = [
         Units(
-            None if u.u is None else u.u.detach().cpu(),
-            u.v.detach().cpu(),
-            None if u.gate is None else u.gate.cpu(),
+            None if u.u is None else u.u.detach().to(device),
+            u.v.detach().to(device),
+            None if u.gate is None else u.gate.to(device),
         )
         for u in factors.units
     ]
-    return Factors(units, None if factors.intercept is None else factors.intercept.detach().cpu())
+    return Factors(units, None if factors.intercept is None else factors.intercept.detach().to(device))
 
 
 def initial_factors(init: Any, branches: list[Branch]) -> Factors | None:
@@ -505,8 +576,39 @@ def not_converged(solution: Solution, tol: float) -> str:
     )
 
 
+def problem_fingerprint(
+    X: Any, targets: np.ndarray, weights: np.ndarray, problem: Problem, branches: list[Branch]
+) -> dict[str, Any]:
+    """What identifies a fit's problem, for its checkpoint: tokens, targets and weights of all samples, heads, beta."""
+    heads = []
+    for branch in branches:
+        gates = [None if g is None else fingerprint_array(g.cpu().numpy()) for g in branch.gates]
+        view = branch.view
+        # The parameters, not what was learned: that may differ by rounding.
+        shown_by = view.__repr__(N_CHAR_MAX=10**6) if isinstance(view, BaseEstimator) else type(view).__name__
+        heads.append({**branch.config(), "gates": gates, "view": shown_by})
+    return {
+        "tokens": fingerprint_tokens(X),
+        "targets": fingerprint_array(targets),
+        "sample_weight": fingerprint_array(weights),
+        "heads": heads,
+        "loss": problem.own_loss.name,
+        "fit_intercept": problem.fit_intercept,
+        "beta": float(problem.beta),
+    }
+
+
+def _both(first: Callable[[dict], None] | None, second: Callable[[dict], None]) -> Callable[[dict], None]:
+    def call(state: dict) -> None:
+        if first is not None:
+            first(state)
+        second(state)
+
+    return call
+
+
 def _printer(verbose: int) -> Callable[[dict], None] | None:
-    if not verbose:
+    if not verbose or not distributed.current().first:
         return None
 
     def show(state: dict) -> None:
@@ -556,6 +658,9 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         :class:`~convexheads.solvers.training.AdamWOptions`. The other solvers have none.
     relu_bound : with ``activation="relu"``: ``gated`` takes the gated program as lower bound; ``cones`` (with
         ``gates="all"`` and the extra ``relu``) a tighter one, by a semidefinite program.
+    memory_limit : bytes, or text such as ``"4GB"``, that a fit may add to the memory of the process; None: no limit,
+        but 3 GiB for what is kept of each sample. Tokens given as an array are the caller's and do not count; memory
+        maps and token stores are read in parts. What does not fit goes to a temporary file beside the tokens.
 
     Attributes
     ----------
@@ -595,6 +700,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         class_weight: Any = None,
         solver_options: dict[str, Any] | None = None,
         relu_bound: str = "gated",
+        memory_limit: int | str | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -618,6 +724,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         self.class_weight = class_weight
         self.solver_options = solver_options
         self.relu_bound = relu_bound
+        self.memory_limit = memory_limit
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -626,7 +733,14 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         tags.classifier_tags.poor_score = self.head not in ("linear", "mlp")
         return tags
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadClassifier:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        init: Any = None,
+        checkpoint: str | Path | Checkpoints | None = None,
+    ) -> ConvexHeadClassifier:
         """Fit to tokens X (n, s, d), or (n, d) taken as one token.
 
         Parameters
@@ -636,19 +750,26 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
         sample_weight : (n,) non-negative, or None.
         init : fitted estimator, module, or dict of weights by name (see :func:`~convexheads.certify`) of the same
             heads and gates to start from; None: random units.
+        checkpoint : file that the factors are written to once a minute, and at the end; where it is there already, the
+            fit goes on from it. None: no such file.
+
+        Inside ``with convexheads.distributed.joined():`` the samples are spread over the workers that torchrun has
+        started; each of them is given all of X and y, and reads its own part of X.
 
         Raises
         ------
         InputError
-            For tokens, labels, weights or parameters that cannot be used; the message says what to do.
+            For tokens, labels, weights or parameters that cannot be used, or a checkpoint of another problem; the
+            message says what to do.
 
         Warns
         -----
         NotConvergedWarning
             If the gap reached is above ``tol``.
         """
-        targets, weights, loss = self.encode(X, y, sample_weight)
-        return self._fit_problem(X, targets, weights, loss, init)
+        with memory.limited(self.memory_limit):
+            targets, weights, loss = self.encode(X, y, sample_weight)
+            return self._fit_problem(X, targets, weights, loss, init, checkpoint)
 
     def encode(self, X: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray, str]:
         """Targets (n[, s], c), sample weights (n,) that sum to one, and the loss; sets ``classes_``."""
@@ -818,6 +939,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         verbose: int = 0,
         solver_options: dict[str, Any] | None = None,
         relu_bound: str = "gated",
+        memory_limit: int | str | None = None,
     ) -> None:
         self.head = head
         self.activation = activation
@@ -838,11 +960,23 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHeadEstimator):
         self.verbose = verbose
         self.solver_options = solver_options
         self.relu_bound = relu_bound
+        self.memory_limit = memory_limit
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, init: Any = None) -> ConvexHeadRegressor:
-        """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y."""
-        targets, weights, loss = self.encode(X, y, sample_weight)
-        return self._fit_problem(X, targets, weights, loss, init)
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        init: Any = None,
+        checkpoint: str | Path | Checkpoints | None = None,
+    ) -> ConvexHeadRegressor:
+        """Fit to tokens X (n, s, d), or (n, d) taken as one token; see the class for y.
+
+        ``sample_weight``, ``init`` and ``checkpoint`` are as in :meth:`ConvexHeadClassifier.fit`.
+        """
+        with memory.limited(self.memory_limit):
+            targets, weights, loss = self.encode(X, y, sample_weight)
+            return self._fit_problem(X, targets, weights, loss, init, checkpoint)
 
     def encode(self, X: Any, y: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray, str]:
         """Targets (n[, s], c), sample weights (n,) that sum to one, and the loss."""

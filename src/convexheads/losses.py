@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from convexheads.distributed import World
 from convexheads.errors import InputError, describe
 
 LOSSES: dict[str, type[Loss]] = {}
@@ -218,3 +219,48 @@ class MultiLabelLogistic(Loss):
 
     def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
         return (G + Y).clamp(0.0, 1.0) - Y
+
+
+class SharedLoss(Loss):
+    """A loss of samples that are spread over workers: what is summed over samples is summed over all of them.
+
+    Every worker must ask for the same totals in the same order, each for its own samples.
+    """
+
+    def __init__(self, own: Loss, world: World) -> None:
+        self.name, self.own, self.world = own.name, own, world
+
+    def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_value(O, Y)
+
+    def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_gradient(O, Y)
+
+    def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        return self.own.entry_hessian_product(O, Y, D)
+
+    def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
+        return self.own.hessian_root_product(O, Y, D)
+
+    def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_conjugate(G, Y)
+
+    def entry_max_scale(self, G: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_max_scale(G, Y)
+
+    def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_project(G, Y)
+
+    def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
+        return self.world.sum(self.own.mean_hessian(O, Y, a))
+
+    def value(self, O: Tensor, Y: Tensor, a: Tensor) -> float:
+        return self.world.total(self.own.value(O, Y, a))
+
+    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
+        return self.world.total(self.own.conjugate(L, Y, a))
+
+    def max_scale(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
+        # A worker whose samples all have weight zero has nothing to say.
+        own = self.own.max_scale(L, Y, a) if bool((a > 0).any()) else float("inf")
+        return float(self.world.least(torch.tensor([own], dtype=torch.float64))[0])

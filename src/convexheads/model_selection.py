@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,9 +13,11 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from convexheads import distributed, memory
+from convexheads.checkpoint import Checkpoint, Checkpoints, fingerprint_array
 from convexheads.errors import InputError, describe
-from convexheads.estimators import ConvexHeadClassifier, ConvexHeadRegressor
-from convexheads.inputs import as_tokens
+from convexheads.estimators import ConvexHeadClassifier, ConvexHeadRegressor, on_device, problem_fingerprint
+from convexheads.inputs import as_tokens, shown
 from convexheads.path import DEFAULT_RATIOS, Path, PathStep, check_ratios, walk_path
 from convexheads.problem import Problem, Rows
 from convexheads.subspace import beta_max
@@ -111,7 +113,9 @@ class _PathEstimator:
     beta: float | None = None
     beta_ratio: float = 1.0
 
-    def _fit_path(self, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> Any:
+    def _fit_path(
+        self, X: Any, y: Any, sample_weight: Any, validation_data: Any, checkpoint: str | FilePath | Checkpoints | None
+    ) -> Any:
         ratios = check_ratios(self.beta_ratios)  # type: ignore[attr-defined]
         params = {k: v for k, v in self.get_params(deep=False).items() if k not in EXTRA}  # type: ignore[attr-defined]
         # One seed for everything: a RandomState would draw other gates for the path than for the refit.
@@ -140,9 +144,10 @@ class _PathEstimator:
             rows = shape[:1] if base.pooling is not None else shape[:2]
             values = encode_targets(y_val, loss, targets.shape[-1], rows, getattr(base, "classes_", None))
             validation = (values, np.full(len(values), 1.0 / len(values)))
-        path = self._walk(base, X_fit, parts or (targets, weights), X_val, validation, loss, hard, ratios, path_tol)
-        del X_fit, X_val, parts, validation
-        self._refit(base, path, X, y, sample_weight)
+        fitted = parts or (targets, weights)
+        path = self._walk(base, X_fit, fitted, X_val, validation, loss, hard, ratios, path_tol, checkpoint)
+        del X_fit, X_val, parts, fitted, validation
+        self._refit(base, path, X, y, sample_weight, checkpoint)
         return self
 
     def _walk(
@@ -156,16 +161,32 @@ class _PathEstimator:
         hard: bool,
         ratios: tuple[float, ...],
         tol: float,
+        checkpoint: str | FilePath | Checkpoints | None,
     ) -> Path:
         """The path on the training part; the branches' views are fitted on this part alone."""
         problem, branches = base._build(X_fit, *fitted, loss)
+        kept, done = None, None
+        if checkpoint is not None:
+            kept = Checkpoint(
+                Checkpoints.of(checkpoint).of_path(),
+                lambda: {
+                    **problem_fingerprint(X_fit, *fitted, problem, branches),
+                    "validation": fingerprint_array(validation[0]),
+                    "beta_ratios": list(ratios),
+                    "path_tol": tol,
+                },
+                problem.world,
+            )
+            found = kept.load()
+            if found is not None:
+                done = [PathStep(**step) for step in found[1]["steps"]], on_device(found[0], problem.device)
         held: list[Rows] = []
         for branch in branches:
-            held.append(as_tokens(X_val if branch.view is None else branch.view.transform(X_val)))
+            held.append(as_tokens(X_val) if branch.view is None else shown(branch.view, X_val))
         judge = Problem(
             problem.components,
             held,
-            problem.loss,
+            problem.own_loss,
             torch.as_tensor(validation[0]),
             torch.as_tensor(validation[1]),
             1.0,
@@ -178,7 +199,8 @@ class _PathEstimator:
         return walk_path(
             problem,
             largest,
-            lambda factors: judged(judge, factors, loss, hard),
+            # Every worker judges all validation samples; they go by the first one's numbers.
+            lambda factors: pair(problem.world.agree(judged(judge, factors, loss, hard))),
             ratios=ratios,
             tol=max(tol, float(base.tol)),
             patience=self.patience,  # type: ignore[attr-defined]
@@ -188,18 +210,22 @@ class _PathEstimator:
             random_state=base.random_state,
             progress=step_printer(self.verbose),  # type: ignore[attr-defined]
             solver_options=base.solver_options,
+            done=done,
+            keep=None if kept is None else lambda steps, factors: keep_path(kept, steps, factors),
         )
 
-    def _refit(self, base: Any, path: Path, X: Any, y: Any, sample_weight: Any) -> None:
+    def _refit(
+        self, base: Any, path: Path, X: Any, y: Any, sample_weight: Any, checkpoint: str | FilePath | Checkpoints | None
+    ) -> None:
         best = clone(base).set_params(beta_ratio=path.best_ratio)
         try:
-            best.fit(X, y, sample_weight, init=path.factors)
+            best.fit(X, y, sample_weight, init=path.factors, checkpoint=checkpoint)
         except InputError as error:
             # A view whose size depends on the data, such as PCA to a share of the variance, may have another one on
             # all of the training set: then there is nothing to start from.
             if not str(error).startswith("init: "):
                 raise
-            best.fit(X, y, sample_weight)
+            best.fit(X, y, sample_weight, checkpoint=checkpoint)
         self.best_estimator_ = best
         self.best_beta_ratio_ = path.best_ratio
         self.path_ = [step.as_dict() for step in path.steps]
@@ -261,9 +287,15 @@ def judged(judge: Problem, factors: Factors, loss: str, hard: bool) -> tuple[flo
     return float(hits @ judge.weights), value
 
 
+def keep_path(kept: Checkpoint, steps: Sequence[PathStep], factors: Factors) -> None:
+    """Write the steps of a path so far to its checkpoint, if it is time."""
+    if kept.due:
+        kept.save(factors, {"steps": [step.as_dict() for step in steps]})
+
+
 def step_printer(verbose: int) -> Callable[[PathStep], None] | None:
     """A line for every finished step of a path, or None."""
-    if not verbose:
+    if not verbose or not distributed.current().first:
         return None
 
     def show(step: PathStep) -> None:
@@ -328,6 +360,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         label_smoothing: float = 0.0,
         class_weight: Any = None,
         relu_bound: str = "gated",
+        memory_limit: int | str | None = None,
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
@@ -353,19 +386,29 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.label_smoothing = label_smoothing
         self.class_weight = class_weight
         self.relu_bound = relu_bound
+        self.memory_limit = memory_limit
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
         self.solver_options = solver_options
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadClassifierCV:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        checkpoint: str | FilePath | Checkpoints | None = None,
+    ) -> ConvexHeadClassifierCV:
         """Choose beta and fit.
 
         Parameters
         ----------
         X, y, sample_weight : as in :meth:`ConvexHeadClassifier.fit`.
         validation_data : (X_val, y_val) to choose beta on; all of X is trained on then. None: a share of X.
+        checkpoint : as in :meth:`ConvexHeadClassifier.fit`. The path has a file of its own beside it, with ``.path``
+            appended to the name, which is written between its fits.
 
         Raises
         ------
@@ -377,7 +420,8 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         NotConvergedWarning
             If the refit stops above ``tol``.
         """
-        return self._fit_path(X, y, sample_weight, validation_data)
+        with memory.limited(self.memory_limit):
+            return self._fit_path(X, y, sample_weight, validation_data, checkpoint)
 
 
 class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
@@ -406,6 +450,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         dtype: str = "float32",
         verbose: int = 0,
         relu_bound: str = "gated",
+        memory_limit: int | str | None = None,
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
@@ -428,12 +473,21 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.dtype = dtype
         self.verbose = verbose
         self.relu_bound = relu_bound
+        self.memory_limit = memory_limit
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
         self.solver_options = solver_options
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, validation_data: Any = None) -> ConvexHeadRegressorCV:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        checkpoint: str | FilePath | Checkpoints | None = None,
+    ) -> ConvexHeadRegressorCV:
         """Choose beta and fit; see :meth:`ConvexHeadClassifierCV.fit`."""
-        return self._fit_path(X, y, sample_weight, validation_data)
+        with memory.limited(self.memory_limit):
+            return self._fit_path(X, y, sample_weight, validation_data, checkpoint)

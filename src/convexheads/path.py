@@ -57,6 +57,15 @@ class Path:
     best: int = 0
     factors: Factors | None = None
     stopped_early: bool = False
+    below: int = 0
+
+    def add(self, step: PathStep, factors: Factors) -> None:
+        """Take in the next step; ``below`` counts those since a score as good as the best."""
+        self.steps.append(step)
+        best = self.steps[self.best]
+        if self.factors is None or (step.score, -step.loss) > (best.score, -best.loss):
+            self.best, self.factors = len(self.steps) - 1, factors
+        self.below = self.below + 1 if step.score < self.steps[self.best].score else 0
 
     @property
     def best_ratio(self) -> float:
@@ -117,6 +126,8 @@ def walk_path(
     random_state: int = 0,
     progress: Callable[[PathStep], None] | None = None,
     solver_options: Mapping[str, Any] | None = None,
+    done: tuple[Sequence[PathStep], Factors] | None = None,
+    keep: Callable[[Sequence[PathStep], Factors], None] | None = None,
 ) -> Path:
     """Fit at every ratio of ``beta_max`` in descending order and keep the best on validation data.
 
@@ -131,6 +142,8 @@ def walk_path(
         end.
     solver, max_iter, max_rank, random_state, solver_options : as in the estimators.
     progress : called with every finished step.
+    done : steps of the same path that an earlier run has made, and the factors of the last one: it goes on from there.
+    keep : called after every step with the steps so far and the factors of the last one.
 
     Of equal scores the lower validation loss wins, then the larger beta.
     """
@@ -138,8 +151,16 @@ def walk_path(
     path = Path()
     # The solution at beta_max, from which the first beta is reached with few units.
     start = empty_factors(problem)
-    below = 0
-    for ratio in check_ratios(ratios):
+    for step in done[0] if done is not None else ():
+        # Of the steps before the last one only the numbers are left: the last factors stand in for the best.
+        path.add(step, done[1] if done is not None else start)
+    if done is not None:
+        start = done[1]
+    every = check_ratios(ratios)
+    for ratio in every[len(path.steps) :]:
+        if patience is not None and path.below >= patience:
+            path.stopped_early = True
+            break
         began = time.perf_counter()
         beta = ratio * beta_max if beta_max > 0 else ratio
         solution: Solution = solve(
@@ -165,14 +186,9 @@ def walk_path(
             rank_of(solution.factors),
             time.perf_counter() - began,
         )
-        path.steps.append(step)
-        best = path.steps[path.best]
-        if path.factors is None or (score, -loss) > (best.score, -best.loss):
-            path.best, path.factors = len(path.steps) - 1, solution.factors
-        below = below + 1 if score < path.steps[path.best].score else 0
+        path.add(step, solution.factors)
         if progress is not None:
             progress(step)
-        if patience is not None and below >= patience:
-            path.stopped_early = len(path.steps) < len(check_ratios(ratios))
-            break
+        if keep is not None:
+            keep(path.steps, start)
     return path

@@ -12,14 +12,17 @@ which has the same minimum as soon as there are enough units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from convexheads import memory
 from convexheads.architectures import Stats
-from convexheads.losses import Loss
+from convexheads.distributed import ALONE, World
+from convexheads.losses import Loss, SharedLoss
 from convexheads.operator import Component, split_rows
 from convexheads.types import Factors, Units
 
@@ -33,10 +36,19 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-CACHE_BYTES = 3 * 2**30
-WORKSPACE = 2**20  # elements of the largest temporary of one chunk
+WORKSPACE = memory.WORKSPACE  # elements of the largest temporary of one chunk
 GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
+
+
+TRIM_CHUNKS = 16
+"""Chunks after which freed memory goes back to the system, where it is limited."""
+
+
+class KeptRows(Protocol):
+    """Rows of a statistic of all samples: a tensor, or a temporary file."""
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 class Problem:
@@ -50,6 +62,16 @@ class Problem:
     beta : weight decay.
     fit_intercept : whether an unpenalised intercept in R^c is added to every output row.
     dtype : dtype of the iterations; certificates use float64 whatever this is.
+    cache_bytes : most bytes of statistics of the samples that are kept in memory; more are kept in a temporary file,
+        or computed again where there is no room for one. None: what the memory limit in force leaves to them.
+    world : the workers that the samples are spread over. Tokens, targets and weights are those of this worker's
+        samples, in the order of the workers; weights sum to one over all of them. Outputs and dual points are local,
+        all that is summed over samples is summed over the workers too.
+
+    Attributes
+    ----------
+    n, local, start : samples in all, samples here, and number of the first one here.
+    own_loss : the loss without the other workers' samples: for parts of the samples.
     """
 
     def __init__(
@@ -63,20 +85,24 @@ class Problem:
         fit_intercept: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.components, self.tokens, self.loss = components, tokens, loss
+        self.components, self.tokens, self.world = components, tokens, world
+        self.own_loss: Loss = loss
+        self.loss: Loss = loss if world.size == 1 else SharedLoss(loss, world)
         self.device = torch.device(device)
         self.targets = targets.to(self.device, torch.float64)
         self.weights = weights.to(self.device, torch.float64)
         self.beta, self.fit_intercept, self.dtype = float(beta), fit_intercept, dtype
-        self.cache_bytes = cache_bytes
-        self._cache: dict[torch.dtype, list[Stats] | None] = {}
+        self.local = len(self.targets)
+        self.n = round(world.total(self.local))
+        self.start = world.rows(self.n).start
+        self.budget = memory.current()
+        self.cache_bytes = self.budget.cache if cache_bytes is None else cache_bytes
+        self.spill = self.device.type == "cpu"
+        self._cache: dict[torch.dtype, list[tuple[KeptRows, ...]] | None] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def n(self) -> int:
-        return len(self.targets)
 
     @property
     def outputs(self) -> int:
@@ -122,25 +148,45 @@ class Problem:
             found.append(component.stats(tokens[component.branch], dtype))
         return found
 
-    def _cached_stats(self, dtype: torch.dtype) -> list[Stats] | None:
-        """Statistics of all samples, or None where they would not fit into ``cache_bytes``."""
+    def _cached_stats(self, dtype: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
+        """Statistics of all samples, in memory or in a temporary file; None where there is no room for either."""
         if dtype not in self._cache:
-            step = self.chunk_rows(fresh=True)
-            first = self._fresh_stats(slice(0, min(step, self.n)), dtype)
-            size = sum(t.numel() * t.element_size() for stats in first for t in stats)
-            if size / min(step, self.n) * self.n > self.cache_bytes:
-                self._cache[dtype] = None
-            else:
-                whole = [
-                    tuple(torch.empty(self.n, *t.shape[1:], dtype=t.dtype, device=t.device) for t in stats)
-                    for stats in first
-                ]
-                for index in split_rows(self.n, step):
-                    for target, stats in zip(whole, self._fresh_stats(index, dtype), strict=True):
-                        for t, part in zip(target, stats, strict=True):
-                            t[index] = part
-                self._cache[dtype] = whole
+            step = min(self.chunk_rows(fresh=True), self.local)
+            first = self._fresh_stats(slice(0, step), dtype)
+            size = sum(t.numel() * t.element_size() for stats in first for t in stats) * self.local // step
+            self._cache[dtype] = whole = self._kept_rows(first, size)
+            for index in split_rows(self.local, step) if whole is not None else ():
+                for target, stats in zip(whole or [], self._fresh_stats(index, dtype), strict=True):
+                    for kept, part in zip(target, stats, strict=True):
+                        if isinstance(kept, memory.FileRows):
+                            kept.write(index.start, part)
+                        else:
+                            kept[index] = part
         return self._cache[dtype]
+
+    def _kept_rows(self, like: list[Stats], size: int) -> list[tuple[Any, ...]] | None:
+        """Empty rows for statistics of all samples that take ``size`` bytes."""
+        held = sum(
+            t.numel() * t.element_size()
+            for whole in self._cache.values()
+            for stats in whole or []
+            for t in stats
+            if isinstance(t, Tensor)
+        )
+        folder: Path | None = None
+        if held + size > self.cache_bytes:
+            near = next(filter(None, map(memory.folder_of, self.tokens)), None)
+            folder = memory.roomy_folder(near, size) if self.spill else None
+            if folder is None:
+                return None
+
+        def rows(t: Tensor) -> Any:
+            shape = (self.local, *t.shape[1:])
+            if folder is not None:
+                return memory.FileRows(shape, t.dtype, folder)
+            return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+        return [tuple(rows(t) for t in stats) for stats in like]
 
     def forget(self) -> None:
         """Free the cached statistics."""
@@ -155,7 +201,9 @@ class Problem:
         if fresh:
             sizes = [c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components]
             work = max(work, *sizes)
-        return max(16, min(8192, WORKSPACE // max(1, work)))
+        limited = self.budget.limit is not None
+        workspace = min(WORKSPACE, self.budget.workspace)
+        return max(1 if limited else 16, min(8192, workspace // max(1, work)))
 
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
         """Statistics of some samples for every component."""
@@ -171,10 +219,17 @@ class Problem:
         targets, weights = self._cast[dtype]
         return targets[index], weights[index]
 
+    def own_samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of samples numbered over all workers, those of this one: numbered from its first one; and their places."""
+        place = ((index >= self.start) & (index < self.start + self.local)).nonzero()[:, 0]
+        return index[place] - self.start, place
+
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
         fresh = not cached or self._cached_stats(dtype) is None
-        for index in split_rows(self.n, self.chunk_rows(n_units, fresh)):
+        for done, index in enumerate(split_rows(self.local, self.chunk_rows(n_units, fresh)), 1):
             yield index, self.stats_of(index, dtype, cached)
+            if self.budget.limit is not None and (done % TRIM_CHUNKS == 0 or index.stop == self.local):
+                memory.trim()
 
     # Forward ----------------------------------------------------------------------------------------------
 
@@ -238,8 +293,8 @@ class Problem:
             features.append(T)
             tracked.append(u)
         O = self.combine(factors, [T.detach() for T in features], targets.shape[:-1])
-        loss = self.loss.value(O, targets, weights)
-        L = self.loss.gradient(O, targets, weights).reshape(-1, self.outputs)
+        loss = self.own_loss.value(O, targets, weights)
+        L = self.own_loss.gradient(O, targets, weights).reshape(-1, self.outputs)
         self._backward(factors, features, tracked, L, gradient)
         return loss
 
@@ -270,8 +325,17 @@ class Problem:
         total = 0.0
         for index, stats in self.chunks(dtype, max(1, factors.n_units)):
             total += self.chunk_gradient(factors, stats, *self.targets_of(index, dtype), gradient)
+        total, gradient = self.summed(total, gradient)
         self.add_decay(factors, gradient)
         return total + self.weight_decay(factors), gradient
+
+    def summed(self, value: float, gradient: Factors) -> tuple[float, Factors]:
+        """A value and a gradient summed over the workers."""
+        if self.world.size == 1:
+            return value, gradient
+        flat = gradient.flat()
+        whole, held = self.world.sum_all([flat, torch.tensor([value], dtype=torch.float64, device=flat.device)])
+        return float(held[0]), gradient.like(whole)
 
     # Intercept --------------------------------------------------------------------------------------------
 
@@ -287,7 +351,7 @@ class Problem:
         value = self.loss.value(O + b, targets, weights)
         best = math.inf
         for _ in range(60):
-            gradient = self.loss.gradient(O + b, targets, weights).sum(axes)
+            gradient = self.world.sum(self.loss.gradient(O + b, targets, weights).sum(axes))
             size = float(gradient.abs().max())
             if size == 0.0 or (size < 1e-13 and size >= 0.5 * best):
                 break
@@ -352,7 +416,11 @@ class Problem:
                 into.v += component.adjoint_v(T.detach(), part)
                 assert into.u is not None
                 into.u += torch.autograd.grad(T, u, component.adjoint_features(each.v, part))[0]
-        return found
+        return self._summed_units(found)
+
+    def _summed_units(self, units: Sequence[Units]) -> list[Units]:
+        whole = iter(self.world.sum_all([t for each in units for t in each.tensors()]))
+        return [Units(None if each.u is None else next(whole), next(whole), each.gate) for each in units]
 
     @torch.no_grad()
     def gamma(self, L: Tensor, k: int, gate: int | None, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -363,10 +431,11 @@ class Problem:
         p = component.p
         entries = component.form.distinct_width * (1 if component.form.pooled else component.form.tokens)
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
-        step = max(16, min(self.chunk_rows(1, True) * GAMMA_SAMPLES // 16, GAMMA_SAMPLES))
-        step = max(step, min(4096, int(GAMMA_WORKSPACE / (p * entries))))
+        workspace = min(GAMMA_WORKSPACE, 8 * self.budget.workspace)
+        samples = min(GAMMA_SAMPLES, max(1, self.chunk_rows(1, True) * workspace // GAMMA_WORKSPACE * 16))
+        step = max(samples, min(4096, int(workspace / (p * entries))))
         unit = component.form.row_step
-        bands = max(1, math.ceil(step * p * entries / GAMMA_WORKSPACE))
+        bands = max(1, math.ceil(step * p * entries / workspace))
         band = math.ceil(p / (bands * unit)) * unit
         total = torch.empty(p, component.q, dtype=dtype, device=self.device)
         for rows in split_rows(p, band):
@@ -377,7 +446,7 @@ class Problem:
                 part = found if part is None else part.add_(found)
             assert part is not None
             total[rows] = component.form.spread(part).flatten(1)
-        return total
+        return self.world.sum(total)
 
     def _gate_stats(
         self, k: int, gate: int | None, dtype: torch.dtype, step: int
@@ -386,7 +455,7 @@ class Problem:
         component = self.components[k]
         single = component.only_gate(gate)
         cached = self._cached_stats(dtype) if dtype == self.dtype else None
-        for index in split_rows(self.n, step):
+        for index in split_rows(self.local, step):
             if cached is not None:
                 yield index, tuple(t[index] for t in cached[k]), gate
             else:
@@ -399,7 +468,7 @@ class Problem:
         for index, stats, _ in self._gate_stats(k, None, dtype, self.chunk_rows(4, True)):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.adjoint_v(component.features(stats, units), own)[0]
-        return total
+        return self.world.sum(total)
 
     def gates_of(self, k: int) -> list[int | None]:
         """The gate indices of component ``k``: [None] where there is no gate."""

@@ -18,16 +18,26 @@ from torch import Tensor
 from convexheads.types import Interval
 
 EPS = torch.finfo(torch.float64).eps
-PROOF_SIZE = 4096
-"""Largest min(p, q) for which the Cholesky proof is made."""
+PROOF_SIZE = 10_000
+"""Largest min(p, q) for which the Cholesky proof is made: up to three matrices of that side, 2.4 GB, beside Gamma."""
+BAND = 2**24
+"""Entries of Gamma that are scaled at once: Gamma itself may be much larger than its Gram matrix."""
 
 
 def _gamma(j: int) -> float:
     return j * EPS / (1.0 - j * EPS)
 
 
-def _gram(gamma: Tensor) -> Tensor:
-    return gamma @ gamma.mT if gamma.shape[0] <= gamma.shape[1] else gamma.mT @ gamma
+def _gram(gamma: Tensor, exponent: int) -> tuple[Tensor, float]:
+    """The smaller Gram matrix of 2^-exponent Gamma, and its squared Frobenius norm; formed in bands, without a copy."""
+    wide = gamma if gamma.shape[0] <= gamma.shape[1] else gamma.mT
+    gram = torch.zeros(len(wide), len(wide), dtype=gamma.dtype, device=gamma.device)
+    frobenius = 0.0
+    for band in wide.split(max(1, BAND // len(wide)), 1):
+        scaled = band * 2.0**-exponent
+        gram.addmm_(scaled, scaled.mT)
+        frobenius += float(scaled.square().sum())
+    return gram, frobenius
 
 
 def proves_bound(gamma: Tensor, tau: float) -> bool:
@@ -35,13 +45,19 @@ def proves_bound(gamma: Tensor, tau: float) -> bool:
     if not (0.0 < tau < math.inf and bool(torch.isfinite(gamma).all())):
         return False
     exponent = _exponent(max(tau, float(gamma.abs().max())))
-    gamma, tau = gamma * 2.0**-exponent, tau * 2.0**-exponent
-    return _proves(_gram(gamma), max(gamma.shape), float(gamma.square().sum()), tau)
+    gram, frobenius = _gram(gamma, exponent)
+    return _proves(gram, max(gamma.shape), frobenius, tau * 2.0**-exponent)
 
 
 def _exponent(size: float) -> int:
     """The power of two next to ``size``: divided by it, squares neither overflow nor underflow, and nothing rounds."""
     return max(-1000, min(1000, math.frexp(size)[1]))
+
+
+def _slack(S: Tensor, rounding: float, bound: float) -> float:
+    """What rounding may add to the smallest eigenvalue of bound I - S: that of S itself, and of the Cholesky factor."""
+    trace = float((bound - S.diagonal()).clamp_min(0).sum())
+    return rounding + 2.0 * _gamma(len(S) + 2) * trace + 4 * EPS * bound
 
 
 def _proves(gram: Tensor, inner: int, frobenius: float, tau: float) -> bool:
@@ -53,10 +69,10 @@ def _below(S: Tensor, rounding: float, bound: float) -> bool:
     shifted = -S
     diagonal = shifted.diagonal()
     diagonal += bound
-    trace = float(diagonal.clamp_min(0).sum())
-    slack = rounding + 2.0 * _gamma(len(S) + 2) * trace + 4 * EPS * bound
-    diagonal -= slack
-    _, info = torch.linalg.cholesky_ex(shifted)
+    diagonal -= _slack(S, rounding, bound)
+    info = torch.zeros((), dtype=torch.int32, device=S.device)
+    # The factor takes the place of the matrix, which is symmetric: by columns, as LAPACK wants it.
+    torch.linalg.cholesky_ex(shifted.mT, out=(shifted.mT, info))
     return int(info) == 0
 
 
@@ -73,7 +89,7 @@ def largest_singular_value(gamma: Tensor) -> Interval:
     if not math.isfinite(peak):
         raise ValueError("NaN or infinity in a matrix whose singular values are to be bounded")
     exponent = _exponent(peak)
-    found = _scaled_bounds(gamma * 2.0**-exponent)
+    found = _scaled_bounds(gamma, exponent)
     # Exact but below the normal numbers, where the next number up makes good for it.
     upper = math.nextafter(found.upper * 2.0**exponent, math.inf)
     return Interval(min(found.lower * 2.0**exponent, upper), upper, found.method, found.proved)
@@ -95,15 +111,16 @@ def largest_eigenvalue(S: Tensor, size: float, inner: int) -> Interval:
     raise ValueError("NaN or infinity in a matrix whose eigenvalues are to be bounded")
 
 
-def _scaled_bounds(gamma: Tensor) -> Interval:
-    k = min(gamma.shape)
-    if k > PROOF_SIZE:
-        return lanczos_bound(gamma)
-    frobenius = float(gamma.square().sum())
-    gram = _gram(gamma)
+def _scaled_bounds(gamma: Tensor, exponent: int) -> Interval:
+    """Bounds on the largest singular value of 2^-exponent Gamma."""
+    if min(gamma.shape) > PROOF_SIZE:
+        return lanczos_bound(gamma * 2.0**-exponent)
+    gram, frobenius = _gram(gamma, exponent)
     lower, _ = _top_eigenvalue(gram)
     lower = math.sqrt(max(lower, 0.0)) * (1 - 4 * EPS)
-    step = 1e-12
+    # Below what rounding takes off no factor exists, and every attempt costs one.
+    taken = _slack(gram, 2.0 * _gamma(max(gamma.shape)) * frobenius, lower**2) / (2.0 * lower**2) if lower > 0 else 0.0
+    step = 1e-12 + 1.01 * taken
     while step < 1.0:
         tau = lower * (1.0 + step)
         if _proves(gram, max(gamma.shape), frobenius, tau):

@@ -268,6 +268,8 @@ def ridge_scale(problem: Problem, k: int) -> float:
         first += rows @ features
         second += rows @ features.square()
         count += float(rows.sum())
+    first, second = problem.world.sum_all([first, second])
+    count = problem.world.total(count)
     variance = second / count - (first / count).square() * float(problem.fit_intercept)
     # mean_hessian sums over output tokens, as the second moments do: take the mean of one of them.
     return max(0.0, 10.0 * float(variance.mean() * hessian.diagonal().mean()))

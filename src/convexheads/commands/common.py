@@ -42,6 +42,16 @@ def count(text: str) -> int:
     return int(text)
 
 
+def bytes_option(text: str) -> int | None:
+    """A number of bytes such as 4GB (for argparse)."""
+    from convexheads.memory import parse_bytes
+
+    try:
+        return parse_bytes(int(text) if text.isdigit() else text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("memory_limit: ")) from error
+
+
 def share(text: str) -> float:
     """A share between 0 and 1, both excluded (for argparse)."""
     value = float(text)
@@ -408,6 +418,13 @@ def add_computation(parser: argparse.ArgumentParser, *, tol: float = 1e-3) -> No
         default="float32",
         help="of iterations and model; certificates always use float64 (default: %(default)s)",
     )
+    group.add_argument(
+        "--memory-limit",
+        type=bytes_option,
+        metavar="BYTES",
+        help="what a fit may add to the memory of the process, such as 4GB; more goes to a temporary file beside the "
+        "tokens (default: no limit)",
+    )
     group.add_argument("--threads", type=count, metavar="N", help="processor threads (default: all)")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -479,22 +496,32 @@ def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patienc
     )
 
 
+def memory_used(before: int | None, limit: int | None) -> dict[str, int | None]:
+    """Bytes of memory for a result: the largest so far, what was held ``before`` the work, and the limit."""
+    from convexheads.memory import peak_memory
+
+    return {"peak": peak_memory(), "before": before, "limit": limit}
+
+
+def memory_line(used: dict[str, int | None]) -> str | None:
+    """The same in words; None where the system does not tell."""
+    from convexheads.memory import readable
+
+    peak, before, limit = used["peak"], used["before"], used["limit"]
+    if peak is None:
+        return None
+    line = f"peak memory     {readable(peak)}"
+    if before is not None:
+        line += f", {readable(max(0, peak - before))} of it for the fit"
+    return line + (f" (limit {readable(limit)})" if limit is not None else "")
+
+
 def set_threads(threads: int | None) -> None:
     """Number of threads of torch; None leaves it."""
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 # Output ---------------------------------------------------------------------------------------------------

@@ -71,7 +71,9 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**self.settings, "rows": self.table(), "peak_memory_bytes": common.peak_memory()}
+        from convexheads.memory import peak_memory
+
+        return {**self.settings, "rows": self.table(), "peak_memory_bytes": peak_memory()}
 
     def table(self) -> list[dict[str, Any]]:
         """The numbers of all rows."""
@@ -247,6 +249,9 @@ class _Run:
     ) -> None:
         import numpy as np
 
+        from convexheads import memory
+        from convexheads.inputs import shown
+
         self.args, self.train, self.test, self.y = args, train, test, y
         self.output, self.result = output, result
         self.heads = common.HEADS if args.heads is None else args.heads
@@ -263,8 +268,9 @@ class _Run:
         # Common to all heads, hence fitted and applied once; attached to the fitted heads afterwards.
         self.X, self.X_test = train.X, test.X
         if self.view is not None:
-            self.view.fit(train.X)
-            self.X, self.X_test = self.view.transform(train.X), self.view.transform(test.X)
+            with memory.limited(args.memory_limit):
+                self.view.fit(train.X)
+                self.X, self.X_test = shown(self.view, train.X), shown(self.view, test.X)
         n, s, d = train.shape if self.view is None else self.X.shape
         output.print(
             f"{n} training and {test.shape[0]} test samples, {len(self.classes)} classes; "
@@ -289,6 +295,8 @@ class _Run:
 
     def _head(self, head: str, activation: str) -> None:
         """One head on the common tokens."""
+        from convexheads.inputs import without_last
+
         options: dict[str, Any] = {"activation": activation, "gates": self.args.gates}
         X, X_test, view = self.X, self.X_test, self.view
         extra: dict[str, Any] = {"gates": self.args.gates if activation != "linear" else None}
@@ -299,7 +307,7 @@ class _Run:
             options["n_blocks"] = extra["n_blocks"] = blocks
             extra["constant"] = constant and self.append_constant
             if self.append_constant and not constant:
-                X, X_test = X[..., :-1], X_test[..., :-1]
+                X, X_test = without_last(X), without_last(X_test)
                 view = without_constant(view)
         self._fit(head, {"head": head, **options}, X, X_test, extra, view)
 
@@ -348,6 +356,7 @@ class _Run:
             "random_state": args.seed,
             "device": args.device,
             "dtype": args.dtype,
+            "memory_limit": args.memory_limit,
         }
         watch = common.Stopwatch()
         model: Any
@@ -529,9 +538,9 @@ class _Run:
             blocks = next(row for row in rows if row.get("n_blocks"))
             left = "" if blocks["constant"] or not self.append_constant else ", the constant feature left out"
             self.output.print(f"block_fno: {blocks['n_blocks']} blocks{left}")
-        peak = common.peak_memory()
-        if peak is not None:
-            self.output.print(f"peak memory {peak / 2**30:.2f} GiB")
+        used = common.memory_line(common.memory_used(None, self.args.memory_limit))
+        if used is not None:
+            self.output.print(used)
 
 
 def without_constant(view: Any) -> Any:

@@ -34,6 +34,9 @@ examples:
   convexheads extract --data photos/ --out tokens/photos-b --backbone timm:vit_base_patch16_224 \\
       --tokens patch --layer -2
 
+  # two processes, which share the images
+  torchrun --nproc-per-node=2 -m convexheads extract --data photos/ --out tokens/photos
+
 what is written:
   OUT/train, OUT/test, ... one store a split (OUT/all for data without splits), each with a manifest.json
   that records the images, weights, layer, preprocessing, resolution, type and token choice, with hashes."""
@@ -155,9 +158,12 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
 
     from convexheads.backbones import load_backbone
+    from convexheads.distributed import local_device
     from convexheads.tokens.extraction import extract
 
-    backbone = load_backbone(args.backbone, args.resolution, args.layer, args.device, checkpoint=args.checkpoint)
+    backbone = load_backbone(
+        args.backbone, args.resolution, args.layer, local_device(args.device), checkpoint=args.checkpoint
+    )
     summaries: list[dict[str, Any]] = []
     for split, dataset in datasets.items():
         try:

@@ -9,14 +9,17 @@ from typing import Any
 from convexheads.commands import common
 from convexheads.errors import InputError, describe
 
-KEPT = "no model was written: one is only saved when its fit is done"
+KEPT = "no model was written: one is only saved when its fit is done; the same command goes on from the checkpoint"
 
 _DESCRIPTION = """\
 Fit one head to the tokens of a store. The fit is a convex program: it stops when it is proved to be within
 --tol of the global optimum, and prints the proof's numbers. The saved model holds the head, its certificate
 and everything that is done to the tokens before it.
 
-beta, the weight decay, is chosen on a part of the training set unless you give it."""
+beta, the weight decay, is chosen on a part of the training set unless you give it.
+
+Once a minute the fit is written to a checkpoint, from which the same command goes on if it was stopped. Under
+torchrun the samples are spread over its workers, and the result is the same."""
 
 _EPILOG = """\
 examples:
@@ -35,6 +38,12 @@ examples:
 
   # arrays instead of a store: an .npz file with X (n, s, d) and y (n,)
   convexheads fit tokens.npz --head fno --grid 7x7 --out fno.safetensors
+
+  # at most 4 GB for the fit, whatever the size of the store
+  convexheads fit tokens/photos --head mixer --memory-limit 4GB --out mixer.safetensors
+
+  # four processes, on one machine or (see torchrun --help) on several that see the same files
+  torchrun --nproc-per-node=4 -m convexheads fit tokens/photos --out head.safetensors
 
 what next:
   convexheads predict head.safetensors tokens/photos/test --out predictions.csv
@@ -56,6 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_validation(parser, "0.3,0.1,0.03,0.01,0.003,0.001", 2)
     common.add_computation(parser)
     add_solver(parser)
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="where a long fit is kept while it runs (default: beside --out)"
+    )
+    group.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="least time between two writings of it (default: %(default)g)",
+    )
 
 
 def add_solver(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +175,7 @@ def head_parameters(args: argparse.Namespace, tokens: common.Tokens) -> tuple[di
         "class_weight": args.class_weight,
         "solver": args.solver,
         "solver_options": common.training_options(args) or None,
+        "memory_limit": args.memory_limit,
     }, preprocessing
 
 
@@ -177,8 +198,16 @@ def run(args: argparse.Namespace) -> int:
     parameters, preprocessing = head_parameters(args, tokens)
     common.set_threads(args.threads)
 
-    from convexheads import ConvexHeadClassifier, ConvexHeadClassifierCV
+    from convexheads import ConvexHeadClassifier, ConvexHeadClassifierCV, distributed
+    from convexheads.checkpoint import Checkpoints
+    from convexheads.memory import resident_memory
 
+    world = distributed.current()
+    checkpoint = Checkpoints(
+        out.with_name(f"{out.name}.checkpoint") if args.checkpoint is None else Path(args.checkpoint),
+        args.checkpoint_seconds,
+    )
+    before = resident_memory()
     watch = common.Stopwatch()
     model: Any
     if args.beta is None and args.beta_ratio is None:
@@ -194,12 +223,15 @@ def run(args: argparse.Namespace) -> int:
         model = ConvexHeadClassifier(**parameters, beta=args.beta, beta_ratio=ratio)
     start = start_from(args, model, tokens)
     with common.prints_to_stderr():
-        model.fit(tokens.X, labels, **start)
+        model.fit(tokens.X, labels, checkpoint=checkpoint, **start)
     seconds = watch.seconds
     if isinstance(model, ConvexHeadClassifierCV):
         common.hint_at_the_edge(model.path_, model.best_beta_ratio_, args.beta_ratios, args.quiet)
-    accuracy = float(model.score(tokens.X, labels))
+    accuracy = train_accuracy(model, tokens.X, labels, world)
+    if not world.first:
+        return 0
     model.save(out)
+    checkpoint.remove()
     result = {
         "model": str(out),
         "tokens": tokens.summary(),
@@ -218,6 +250,8 @@ def run(args: argparse.Namespace) -> int:
         "train_accuracy": accuracy,
         "iterations": model.n_iter_,
         "seconds": seconds,
+        "workers": world.size,
+        "memory": common.memory_used(before, args.memory_limit),
         "path": getattr(model, "path_", None),
         "solver": args.solver,
         "message": model.message_,
@@ -261,6 +295,18 @@ def draw(model: Any, args: argparse.Namespace) -> None:
     save_figure(history_figure(curves or model.history_, None, args.tol, log_time=bool(curves)), args.plot)
 
 
+def train_accuracy(model: Any, X: Any, labels: Any, world: Any) -> float:
+    """Share of the samples that are labelled rightly, each worker counting its own."""
+    import numpy as np
+
+    from convexheads.inputs import as_tokens, own_rows
+
+    rows = world.rows(len(labels))
+    mine = X if world.size == 1 else own_rows(as_tokens(X, check=False), rows)
+    hits = int((model.predict(mine) == np.asarray(labels)[rows]).sum())
+    return world.total(float(hits)) / len(labels)
+
+
 def _show(output: common.Output, model: Any, result: dict[str, Any], args: argparse.Namespace) -> None:
     branch = model._branches[0]
     chosen = f", chosen on {common.percent(args.validation)} of the training set" if result["path"] else ""
@@ -277,6 +323,9 @@ def _show(output: common.Output, model: Any, result: dict[str, Any], args: argpa
     for line in bracket_lines(model):
         output.print(line)
     output.print(f"train accuracy  {common.percent(result['train_accuracy'])}")
+    used = common.memory_line(result["memory"])
+    if used is not None:
+        output.print(used)
     output.print(f"saved           {args.out}  ({result['seconds']:.1f} s)")
 
 

@@ -83,9 +83,10 @@ def register(
 ) -> Callable[[Callable[..., Solution]], Callable[..., Solution]]:
     """Make a solver known by ``name``; this also enrols it in the contract tests.
 
-    A solver is called as ``solver(problem, tol=, max_iter=, max_rank=, random_state=, init=, progress=, prove=)``,
-    with its own ``options`` beside, and returns a :class:`Solution`. It may prove more than ``prove`` asks for, never
-    less.
+    A solver is called as ``solver(problem, tol=, max_iter=, max_rank=, random_state=, init=, progress=, prove=,
+    resumed=)``, with its own ``options`` beside, and returns a :class:`Solution`. It may prove more than ``prove`` asks
+    for, never less. ``resumed`` says that ``init`` is where a solve of the same problem stopped; ``progress`` gets a
+    dict with ``iteration``, ``objective``, ``gap``, ``rank``, ``seconds`` and ``factors``.
     """
 
     def add(solve: Callable[..., Solution]) -> Callable[..., Solution]:

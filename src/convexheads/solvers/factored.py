@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from convexheads.architectures import Stats
 from convexheads.certificate import (
     Certificate,
     certify_factors,
@@ -26,7 +27,7 @@ from convexheads.certificate import (
 )
 from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
-from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.warmup import BATCH, adam_epochs
 from convexheads.spectral import balanced_factors
@@ -282,6 +283,12 @@ def spanned(factors: Factors, pair: SingularPair) -> float:
     return float((basis.mT @ pair.u.double()).norm())
 
 
+def curvature_pairs(problem: Problem, x: Tensor) -> int:
+    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
+    limit = problem.budget.limit
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
+
+
 class Factored:
     """State of one solve."""
 
@@ -363,11 +370,16 @@ class Factored:
     def _step_sizes(self, factors: Factors, pairs: list[SingularPair]) -> list[float]:
         problem = self.problem
         dtype = factors.tensors()[0].dtype
-        targets, weights = problem.targets_of(slice(0, problem.n), dtype)
         O = problem.forward(factors, dtype)
-        moves = torch.stack([self._pair_outputs(pair, dtype) for pair in pairs])
-        curved = torch.stack([problem.loss.hessian_product(O, targets, weights, move) for move in moves])
-        Q = (moves.flatten(1) @ curved.flatten(1).mT).double()
+        Q = torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=problem.device)
+        # A pair takes its features and a copy of the outputs.
+        width = math.ceil(problem.outputs / min(c.form.workspace for c in problem.components))
+        for index, stats in problem.chunks(dtype, len(pairs) * (1 + width)):
+            targets, weights = problem.targets_of(index, dtype)
+            moves = torch.stack([self._pair_outputs(pair, stats, targets.shape, dtype) for pair in pairs])
+            curved = torch.stack([problem.loss.hessian_product(O[index], targets, weights, move) for move in moves])
+            Q += (moves.flatten(1) @ curved.flatten(1).mT).double()
+        Q = problem.world.sum(Q)
         Q = 0.5 * (Q + Q.mT)
         Q += torch.diag(1e-4 * Q.diagonal() + 1e-30)
         excess = torch.tensor(
@@ -378,19 +390,15 @@ class Factored:
         right = torch.linalg.solve_triangular(factor.mT, excess[:, None], upper=False)[:, 0]
         return nnls(factor.numpy(), right.numpy())[0].tolist()
 
-    def _pair_outputs(self, pair: SingularPair, dtype: torch.dtype) -> Tensor:
+    def _pair_outputs(self, pair: SingularPair, stats: list[Stats], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What a pair adds to the outputs of some samples, of their shape."""
         component = self.problem.components[pair.component]
         u = pair.u.to(dtype).view(1, *component.form.u_shape)
         v = pair.v.to(dtype).view(1, component.form.value_width, component.width)
         gate = None if pair.gate is None else torch.tensor([pair.gate], device=self.problem.device)
-        return self._component_outputs(pair.component, Units(u, v, gate), dtype)
-
-    def _component_outputs(self, k: int, units: Units, dtype: torch.dtype) -> Tensor:
-        problem, component = self.problem, self.problem.components[k]
-        O = torch.zeros(problem.targets.shape, dtype=dtype, device=problem.device)
-        for index, stats in problem.chunks(dtype, 1):
-            rows = component.forward(component.features(stats[k], units), units.v)
-            O[index][..., component.outputs] = rows.view(*O[index].shape[:-1], component.width)
+        O = torch.zeros(shape, dtype=dtype, device=self.problem.device)
+        rows = component.forward(component.features(stats[pair.component], Units(u, v, gate)), v)
+        O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
     # The solve --------------------------------------------------------------------------------------------
@@ -403,10 +411,11 @@ class Factored:
             return value, gradient.flat()
 
         noise = 2e-7 if dtype == torch.float32 else 1e-14
-        return LBFGS(evaluate, factors.flat(), noise), factors
+        x = factors.flat()
+        return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
 
-    def report(self, objective: float, gap: float, rank: int) -> None:
-        seconds = time.perf_counter() - self.start
+    def report(self, objective: float, gap: float, factors: Factors) -> None:
+        seconds, rank = time.perf_counter() - self.start, factors.n_units
         self.history.append(objective, gap, seconds, rank)
         if self.progress is not None:
             self.progress(
@@ -416,6 +425,7 @@ class Factored:
                     "gap": gap,
                     "rank": rank,
                     "seconds": seconds,
+                    "factors": factors,
                 }
             )
 
@@ -439,7 +449,7 @@ class Factored:
             ):
                 current = shapes.like(optimiser.x)
                 bound, pairs = self.estimate(current)
-                self.report(bound.primal, bound.relative_gap, current.n_units)
+                self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.prove(current)
                     if solution is not None:
@@ -467,6 +477,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             if self.n_iter - built_at >= REBUILD:
+                optimiser.inverse = None  # its memory goes first
                 inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
                 optimiser.set_inverse(_flat_inverse(inverse, shapes))
                 built_at = self.n_iter
@@ -683,6 +694,7 @@ def solve_factored(
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
     prove: bool = True,
+    resumed: bool = False,
 ) -> Solution:
     """Minimise by preconditioned L-BFGS on the factors, with certified gap.
 
@@ -694,10 +706,13 @@ def solve_factored(
     max_rank : largest number of units, None for no limit beyond the mathematics.
     random_state : seed; the result is a function of it.
     init : factors to start from, such as those of a larger beta or of a trained network.
-    progress : called with a dict at every check.
+    progress : called with a dict at every check; its ``factors`` are those of the moment.
     prove : False ends with an estimated gap, not certified, and saves the time of the proof: for the steps of a path.
+    resumed : whether ``init`` is where a solve of this very problem was: then no new units are tried first.
     """
     state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
+    if init is not None and resumed:
+        return state.run(init.to(problem.dtype))
     if init is None:
         return state.run(state.first_guess(initial_units(problem, max_rank)))
     if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):

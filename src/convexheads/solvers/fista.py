@@ -267,6 +267,7 @@ class Fista:
                     "gap": found.relative_gap,
                     "rank": rank,
                     "seconds": seconds,
+                    "factors": self.factors(x),
                 }
             )
         return found
@@ -394,6 +395,7 @@ def solve_fista(
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
     prove: bool = True,
+    resumed: bool = False,
 ) -> Solution:
     """Minimise by accelerated proximal gradient on the dense blocks, in float64, with certified gap.
 
@@ -407,12 +409,17 @@ def solve_fista(
     random_state : not used: the method draws nothing.
     init : factors to start from; default: the empty head.
     progress : called with a dict at every check.
+    resumed : makes no difference: every solve goes on from ``init``.
 
     Raises
     ------
     InputError
-        If the dense feature matrices would hold more than ``SIZE_LIMIT`` numbers.
+        If the dense feature matrices would hold more than ``SIZE_LIMIT`` numbers, or several workers share the fit.
     """
+    if problem.world.size > 1:
+        raise InputError(
+            "solver: " + describe(f"'fista' for {problem.world.size} workers", "one process", "Use solver='factored'.")
+        )
     size = dense_size(problem)
     if size > SIZE_LIMIT:
         raise InputError(

@@ -12,9 +12,14 @@ Each is inverted exactly through eigenvectors, damping included.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from convexheads.memory import WORKSPACE
+from convexheads.operator import split_rows
 from convexheads.problem import Problem
 from convexheads.types import Factors, Units
 
@@ -24,6 +29,15 @@ SAMPLES = 1024
 """Samples that moments are taken over."""
 ROWS_PER_COLUMN = 24
 """Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
+
+
+def group_size(problem: Problem, columns: int) -> int:
+    """Largest side of the moment matrices of so many columns; smaller where memory is limited."""
+    limit = problem.budget.limit
+    if limit is None:
+        return GROUP_SIZE
+    # One matrix with its eigenvectors, and the moments, eigenvectors and scales of all groups together.
+    return max(16, min(GROUP_SIZE, math.isqrt(limit // 256), limit // (96 * max(1, columns))))
 
 
 class KroneckerInverse:
@@ -41,19 +55,37 @@ class KroneckerInverse:
         return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
 
 
+@dataclass
+class Samples:
+    """The samples that moments are taken over: those of this worker, out of ``count`` of all workers.
+
+    ``index`` are their numbers here, ``place`` their places among all of them; with targets, weights that sum to one
+    over all workers, and white noise of the shape of the targets.
+    """
+
+    index: Tensor
+    place: Tensor
+    count: int
+    targets: Tensor
+    weights: Tensor
+    noise: Tensor
+
+
 class Preconditioner:
     """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients."""
 
     def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
-        index = self._sample(problem, generator)
+        sample = self._sample(problem, generator)
+        index, place = problem.own_samples(sample)
         Y, a = problem.targets_of(index, dtype)
-        total = a.sum().clamp_min(torch.finfo(dtype).tiny)
+        total = problem.world.sum(a.sum()).clamp_min(torch.finfo(dtype).tiny)
         a = a / total
-        m = max(1, factors.n_units)
+        # Drawn for the samples of all workers, so that each sample has the same noise wherever it is.
+        noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
         with torch.no_grad():
-            self._build(problem, factors, index, Y, a, generator, dtype, m)
+            self._build(problem, factors, Samples(index, place, len(sample), Y, a, noise.to(problem.device)), dtype)
 
     @staticmethod
     def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
@@ -65,15 +97,10 @@ class Preconditioner:
         self,
         problem: Problem,
         factors: Factors,
-        index: Tensor,
-        Y: Tensor,
-        a: Tensor,
-        generator: torch.Generator,
+        samples: Samples,
         dtype: torch.dtype,
-        m: int,
     ) -> None:
-        step = problem.chunk_rows(m)
-        parts = [index[i : i + step] for i in range(0, len(index), step)]
+        step = problem.chunk_rows(max(1, factors.n_units))
         feature_moments = [
             [torch.zeros(size, size, dtype=dtype, device=problem.device) for size in self._v_sizes(units)]
             for units in factors.units
@@ -83,52 +110,49 @@ class Preconditioner:
             None if units.u is None or not len(units.u) else UBlocks(problem, k, units)
             for k, units in enumerate(factors.units)
         ]
-        offset = 0
-        rows_per_sample = 1
-        strides = [1 if blocks is None else blocks.stride(len(index)) for blocks in u_blocks]
-        for part in parts:
-            stats = problem.stats_of(part, dtype)
-            weights = a[offset : offset + len(part)]
-            targets = Y[offset : offset + len(part)]
-            offset += len(part)
+        rows_per_sample = samples.targets[..., 0].numel() // max(1, len(samples.targets))
+        strides = [1 if blocks is None else blocks.stride(samples.count) for blocks in u_blocks]
+        for part in split_rows(len(samples.index), step):
+            stats = problem.stats_of(samples.index[part], dtype)
+            targets, weights = samples.targets[part], samples.weights[part]
             features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
             O = problem.combine(factors, features, targets.shape[:-1])
-            rows_per_sample = O[0, ..., 0].numel()
             row_weights = weights.repeat_interleave(rows_per_sample)
-            hessian += problem.loss.mean_hessian(O, targets, weights)
+            hessian += problem.own_loss.mean_hessian(O, targets, weights)
             for k, T in enumerate(features):
                 for moment, block in zip(
                     feature_moments[k], T.flatten(1).split(self._v_sizes(factors.units[k]), 1), strict=True
                 ):
                     moment += block.mT @ (block * row_weights[:, None])
-            noise = torch.randn(O.shape, generator=generator, dtype=dtype).to(O.device)
-            E = problem.loss.hessian_root_product(O, targets, noise).reshape(len(part), -1, problem.outputs)
+            E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(len(O), -1, problem.outputs)
             for blocks, stride, stat, component, units in zip(
                 u_blocks, strides, stats, problem.components, factors.units, strict=True
             ):
                 if blocks is not None:
-                    thin = tuple(t[::stride] for t in stat)
-                    blocks.add(thin, units, E[::stride, :, component.outputs], weights[::stride] * stride)
-        hessian /= rows_per_sample
+                    chosen = (samples.place[part] % stride == 0).nonzero()[:, 0].to(E.device)
+                    thin = tuple(t[chosen] for t in stat)
+                    blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen] * stride)
+        hessian = problem.world.sum(hessian) / rows_per_sample
+        feature_moments = [problem.world.sum_all(moments) for moments in feature_moments]
         self.v_inverses = []
         for component, moments in zip(problem.components, feature_moments, strict=True):
-            part = hessian[component.outputs, component.outputs]
+            curvature = hessian[component.outputs, component.outputs]
             damping = problem.penalty_weight(component)
-            self.v_inverses.append([KroneckerInverse(moment, part, damping) for moment in moments])
+            self.v_inverses.append([KroneckerInverse(moment, curvature, damping) for moment in moments])
         self.u_blocks = u_blocks
         for blocks, component in zip(u_blocks, problem.components, strict=True):
             if blocks is not None:
+                blocks.share(problem)
                 blocks.finish(problem.penalty_weight(component))
         self.intercept_inverse = None
         if factors.intercept is not None:
             full = hessian * rows_per_sample
             self.intercept_inverse = torch.linalg.pinv(full, hermitian=True, rtol=1e-5)
 
-    @staticmethod
-    def _v_sizes(units: Units) -> list[int]:
+    def _v_sizes(self, units: Units) -> list[int]:
         """Groups of whole units whose stacked features stay small enough for an eigendecomposition."""
         m, k = units.v.shape[:2]
-        per = max(1, GROUP_SIZE // k) if k < GROUP_SIZE else 1
+        per = max(1, group_size(self.problem, m * k) // k)
         return [k * min(per, m - i) for i in range(0, m, per)]
 
     def apply(self, gradient: Factors) -> Factors:
@@ -154,12 +178,21 @@ class UBlocks:
 
     def __init__(self, problem: Problem, k: int, units: Units) -> None:
         self.component = problem.components[k]
+        self.elements = 16 * WORKSPACE
+        if problem.budget.limit is not None:
+            # Features are held as well as the copies of u.
+            self.elements = (
+                problem.budget.workspace
+                * self.component.p
+                // max(self.component.p, self.component.form.workspace, self.component.form.value_width)
+            )
         assert units.u is not None
         m, p = len(units.u), self.component.p
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
-        self.full = m * p <= FULL_SIZE
-        per = max(1, m) if self.full else max(1, GROUP_SIZE // b)
+        most = group_size(problem, m * b)
+        self.full = m * p <= min(FULL_SIZE, most)
+        per = max(1, m) if self.full else max(1, most // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
         like = units.u
         if self.full:
@@ -184,7 +217,7 @@ class UBlocks:
         def features(stat: tuple[Tensor, ...], u: Tensor) -> Tensor:
             return form.unit_features(tuple(t[None] for t in stat), u, gate)[0]
 
-        rows = max(1, 2**24 // u0.numel())
+        rows = max(1, self.elements // u0.numel())
         for i in range(0, len(E), rows):
             part = tuple(t[i : i + rows] for t in stats)
             # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
@@ -206,6 +239,14 @@ class UBlocks:
                 left += wide @ wide.mT
                 tall = own.flatten(0, 1)
                 right += tall.mT @ tall
+
+    def share(self, problem: Problem) -> None:
+        """Take the moments of the other workers' samples in."""
+        whole = problem.world.sum_all([*self.left, *self.right]) if not self.full else []
+        if self.full:
+            self.left = problem.world.sum_all(self.left)
+        else:
+            self.left, self.right = whole[: len(self.left)], whole[len(self.left) :]
 
     def finish(self, damping: float) -> None:
         self.inverses = []

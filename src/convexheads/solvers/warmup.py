@@ -26,11 +26,15 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     """
     dtype = variables.tensors()[0].dtype
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
+    # A batch is small enough as a whole unless memory is limited.
+    most = size if problem.budget.limit is None else problem.chunk_rows(max(1, variables.n_units), True)
     for index in order.split(size):
-        stats = problem.stats_of(index, dtype)
-        targets, weights = problem.targets_of(index, dtype)
         gradient = variables.like(torch.zeros_like(variables.flat()))
-        problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+        for part in problem.own_samples(index)[0].split(most):
+            stats = problem.stats_of(part, dtype)
+            targets, weights = problem.targets_of(part, dtype)
+            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+        _, gradient = problem.summed(0.0, gradient)
         problem.add_decay(variables, gradient)
         yield gradient
 

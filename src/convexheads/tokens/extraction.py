@@ -5,6 +5,10 @@ safely on disk) and the shard being filled, ``tokens-NNNNN.bin.part``. Batches s
 batch size whatever was done before, so an extraction that was killed and started again computes the
 same batches and ends with the same bytes. The manifest is written last; without it nothing opens the
 folder as a store.
+
+Several workers (see :mod:`convexheads.distributed`) take whole shards each. A shard is then an extraction of its own
+in a folder ``part-NNNNN``, so that any number of workers, one included, can go on with what others have begun; the
+finished shards are moved into place, and are the same files as those of one process.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from convexheads import distributed
+from convexheads.distributed import World
 from convexheads.errors import DataError, InputError, describe
 from convexheads.tokens.files import canonical, full_disk_as_data_error, read_json, sync_folder, write_json
 from convexheads.tokens.store import (
@@ -50,6 +57,7 @@ from convexheads.tokens.store import (
 )
 
 _CHECKPOINT_SECONDS = 5.0
+_PART_NAME = re.compile(r"part-\d{5}")
 
 
 class Images(Protocol):
@@ -188,16 +196,151 @@ def extract(
         (out / JOURNAL).unlink(missing_ok=True)
         return Extraction(store, 0.0, 0, 0, reused=True)
 
-    with _only_one(out):
-        writer = _Writer.start(out, manifest, settings, row_bytes, overwrite, checkpoint_seconds)
-        resumed_from = writer.rows
-        with full_disk_as_data_error(out, _room(out, (n - resumed_from) * row_bytes)):
-            started = time.perf_counter()
-            _run(dataset, backbone, writer, ranges, dtype, batch_size, workers, progress)
+    def start(folder: Path, plan: dict[str, Any], replace: bool) -> _Writer:
+        return _Writer.start(folder, plan, settings, row_bytes, replace, checkpoint_seconds)
+
+    def work(part: Images, writer: _Writer, needed: int) -> None:
+        with full_disk_as_data_error(out, _room(out, needed * row_bytes)):
+            _run(part, backbone, writer, ranges, dtype, batch_size, workers, progress)
+
+    world = distributed.current()
+    started = time.perf_counter()
+    if world.size > 1 or (not (out / MANIFEST).exists() and _part_folders(out)):
+        with _only_one(out) if world.first else contextlib.nullcontext():
+            resumed_from = _extract_parts(dataset, out, manifest, rows, overwrite, world, start, work)
             seconds = time.perf_counter() - started
+            if world.first:
+                _join_parts(out, manifest, -(-n // rows), labels)
+            world.barrier()
+        return Extraction(TokenStore.open(out), seconds, n - resumed_from, resumed_from, reused=False)
+    with _only_one(out):
+        writer = start(out, manifest, overwrite)
+        resumed_from = writer.rows
+        work(dataset, writer, n - resumed_from)
+        seconds = time.perf_counter() - started
+        with full_disk_as_data_error(out, _room(out, 0)):
             finish(out, manifest, writer.shards, labels)
         (out / JOURNAL).unlink()
     return Extraction(TokenStore.open(out), seconds, n - resumed_from, resumed_from, reused=False)
+
+
+# Several workers ------------------------------------------------------------------------------------------
+
+
+class _Span:
+    """Consecutive images of a dataset."""
+
+    def __init__(self, source: Images, start: int, stop: int) -> None:
+        self.name, self.split, self.class_names = source.name, source.split, source.class_names
+        self.labels: NDArray[np.int64] | None = None
+        self.source, self.start, self.stop = source, start, stop
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the whole dataset: the span follows from the shard."""
+        return self.source.fingerprint
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def image(self, index: int) -> Any:
+        """Image ``index`` of the span."""
+        return self.source.image(self.start + index)
+
+
+def _part_folders(out: Path) -> list[Path]:
+    """The folders of shards that are, or were, extracted on their own."""
+    if not out.is_dir():
+        return []
+    return sorted(entry for entry in out.iterdir() if _PART_NAME.fullmatch(entry.name) and entry.is_dir())
+
+
+def _part_folder(out: Path, index: int) -> Path:
+    return out / f"part-{index:05d}"
+
+
+def _extract_parts(
+    dataset: Images,
+    out: Path,
+    manifest: dict[str, Any],
+    rows: int,
+    overwrite: bool,
+    world: World,
+    start: Callable[[Path, dict[str, Any], bool], _Writer],
+    work: Callable[[Images, _Writer, int], None],
+) -> int:
+    """Every worker extracts its shards, each in a folder of its own; returns the rows that had been done before."""
+    n, *rest = manifest["shape"]
+    if world.first:
+        if (out / JOURNAL).exists() and not (out / MANIFEST).exists():
+            _split_journal(out)
+        elif not _part_folders(out) or (out / MANIFEST).exists():
+            prepare_folder(out, overwrite)
+    world.barrier()
+    before = 0
+    for index in range(world.rank, -(-n // rows), world.size):
+        part = _Span(dataset, index * rows, min(n, (index + 1) * rows))
+        folder = _part_folder(out, index)
+        with _only_one(folder):
+            writer = start(folder, {**manifest, "shape": [len(part), *rest]}, overwrite)
+            before += writer.rows
+            if writer.rows < len(part):
+                work(part, writer, len(part) - writer.rows)
+            writer.close()
+    return round(world.total(before))
+
+
+def _split_journal(out: Path) -> None:
+    """Turn what one process has begun into parts: each shard gets its folder and its record."""
+    journal = read_json(out / JOURNAL, "journal of an unfinished extraction", _again(out))
+    try:
+        n, *rest = journal["plan"]["shape"]
+        rows, shards, part = journal["settings"]["shard_rows"], journal["shards"], journal["part"]
+        for index in range(len(shards) + 1):
+            length = min(n, (index + 1) * rows) - index * rows
+            if length <= 0:
+                break
+            folder = _part_folder(out, index)
+            folder.mkdir(exist_ok=True)
+            plan = {**journal["plan"], "shape": [length, *rest]}
+            done = index < len(shards)
+            own = {
+                **journal,
+                "plan": plan,
+                "key": store_key(plan),
+                "shards": [shard_entry(0, shards[index]["rows"], shards[index]["sha256"])] if done else [],
+                "part": {"rows": 0, "sha256": hashlib.sha256().hexdigest()} if done else part,
+            }
+            write_json(folder / JOURNAL, own)
+            ending = "" if done else ".part"
+            file = out / f"{shard_name(index)}{ending}"
+            if file.exists():
+                os.replace(file, folder / f"{shard_name(0)}{ending}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{out / JOURNAL}: the journal is damaged ({error!r}). {_again(out)}") from error
+    (out / JOURNAL).unlink()
+
+
+def _join_parts(out: Path, manifest: dict[str, Any], count: int, labels: NDArray[np.int64] | None) -> None:
+    """Move the finished shards into place and make the folder a store."""
+    shards = []
+    for index in range(count):
+        folder = _part_folder(out, index)
+        (entry,) = read_json(folder / JOURNAL, "record of a shard", _again(out))["shards"]
+        shards.append(shard_entry(index, entry["rows"], entry["sha256"]))
+        file = folder / shard_name(0)
+        # Stopped while joining: this one is in its place already.
+        if file.exists():
+            os.replace(file, out / shard_name(index))
+    sync_folder(out)
+    with full_disk_as_data_error(out, _room(out, 0)):
+        finish(out, manifest, shards, labels)
+    for folder in _part_folders(out):
+        for file in folder.iterdir():
+            if file.name == JOURNAL or file.name.startswith(shard_name(0)):
+                file.unlink()
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def _plan(
@@ -264,7 +407,7 @@ def _run(
                 try:
                     stored = encode(kept.float().cpu().numpy(), dtype)
                 except InputError as error:
-                    first = writer.rows
+                    first = writer.rows + getattr(dataset, "start", 0)
                     raise InputError(f"tokens of images {first} to {first + len(batch) - 1}: {error}") from error
                 writer.append(stored)
                 bar.update(len(batch))

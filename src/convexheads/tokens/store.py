@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from convexheads.errors import DataError, InputError, describe
+from convexheads.memory import release_pages
 from convexheads.tokens.files import (
     digest,
     full_disk_as_data_error,
@@ -544,6 +545,7 @@ class TokenStore:
                     decode_into(decoded, block, self.stored_dtype)
                     out[target, column : column + width] = decoded
                 column += width
+            release_pages(self._map(int(shard)))
         return out
 
 

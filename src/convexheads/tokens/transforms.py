@@ -28,7 +28,10 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from ..distributed import World
+from ..distributed import current as current_world
 from ..errors import InputError, describe
+from ..memory import current as current_budget
 from . import modules
 
 __all__ = [
@@ -81,7 +84,8 @@ class _Tokens:
                 )
             )
         self.dtype = np.dtype(np.float64 if _is_double(getattr(X, "dtype", None)) else np.float32)
-        self.rows_per_chunk = max(1, int(chunk_bytes) // (8 * self.shape[1] * self.shape[2]))
+        chunk_bytes = min(int(chunk_bytes), current_budget().reading)
+        self.rows_per_chunk = max(1, chunk_bytes // (8 * self.shape[1] * self.shape[2]))
         if isinstance(X, TransformedTokens):
             # What a view reads may be far larger than what it shows, as for the mean of many tokens.
             self.rows_per_chunk = min(self.rows_per_chunk, X.rows_per_chunk)
@@ -137,9 +141,10 @@ class _Tokens:
         )
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All samples in order, as float64 blocks (rows, s, d)."""
-        for start in range(0, self.shape[0], self.rows_per_chunk):
-            yield self.rows(slice(start, min(start + self.rows_per_chunk, self.shape[0])))
+        """This worker's samples in order, as float64 blocks (rows, s, d); all of them where it is alone."""
+        own = current_world().rows(self.shape[0])
+        for start in range(own.start, own.stop, self.rows_per_chunk):
+            yield self.rows(slice(start, min(start + self.rows_per_chunk, own.stop)))
 
 
 def _is_double(dtype: Any) -> bool:
@@ -506,6 +511,17 @@ class _Moments:
         self.mean += delta * (count / (self.count + count))
         self.count += count
 
+    def share(self, world: World) -> None:
+        """Take the rows of the other workers in."""
+        if world.size == 1:
+            return
+        count, own = self.count, self.mean
+        self.count = round(world.total(count))
+        self.mean = world.sum(torch.from_numpy(own * (count / self.count))).numpy()
+        delta = own - self.mean
+        spread = count * (np.outer(delta, delta) if self.full else delta**2)
+        self.scatter = world.sum(torch.from_numpy(self.scatter + spread)).numpy()
+
 
 @register
 class StandardizeTokens(TokenTransform):
@@ -538,6 +554,9 @@ class StandardizeTokens(TokenTransform):
             moments.update(rows)
             np.minimum(low, rows.min(axis=0), out=low)
             np.maximum(high, rows.max(axis=0), out=high)
+        world = current_world()
+        moments.share(world)
+        low, high = world.least(torch.from_numpy(low)).numpy(), -world.least(torch.from_numpy(-high)).numpy()
         deviation = np.sqrt(moments.scatter / moments.count)
         # Rounding can leave a tiny deviation on a constant feature; its range is exactly zero.
         deviation[(low == high) | (deviation == 0)] = 1.0
@@ -625,6 +644,7 @@ class PCATokens(TokenTransform):
         moments = _Moments(d, full=True)
         for block in source.chunks():
             moments.update(block.reshape(-1, d))
+        moments.share(current_world())
         values, vectors = np.linalg.eigh(moments.scatter / moments.count)
         values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
         total = values.sum()
@@ -942,7 +962,7 @@ class PowerNormalizeTokens(TokenTransform):
         relative = _finite_number(self.relative_eps, "relative_eps", "a positive number", positive=True)
         n, s, d = source.shape
         # trace(X^T X / s) / d of a sample is the mean square of its entries.
-        energy = sum(float(np.vdot(block, block)) for block in source.chunks()) / (n * s * d)
+        energy = current_world().total(sum(float(np.vdot(block, block)) for block in source.chunks())) / (n * s * d)
         if not 0 < relative * energy < np.inf:
             raise InputError(
                 describe(

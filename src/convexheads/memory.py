@@ -1,0 +1,294 @@
+"""How much memory a fit may use, how much it did, and arrays that stay in a temporary file.
+
+A limit counts what a computation adds to the process: the interpreter and torch themselves, and arrays that the caller
+holds, are there before. Within it every reader and every pass over the samples takes its share from :func:`current`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexheads.errors import DataError, InputError, describe
+
+CACHE_BYTES = 3 * 2**30
+WORKSPACE = 2**20
+READ_BYTES = 64 * 2**20
+SMALLEST = 8 * 2**20
+"""Bytes below which a limit is refused: no chunk of anything would fit."""
+ROOM_LEFT = 2**30
+"""Bytes that a temporary file leaves free on its disk."""
+
+_UNITS = {"": 1, "B": 1} | {
+    unit + suffix: base**power
+    for power, unit in enumerate("KMGT", 1)
+    for suffix, base in (("", 1024), ("B", 1000), ("IB", 1024))
+}
+
+
+def parse_bytes(value: Any, name: str = "memory_limit") -> int | None:
+    """Bytes of ``4GB``, ``512MiB``, ``2G``, a number of bytes, or None.
+
+    ``KB``, ``MB``, ``GB``, ``TB`` are powers of 1000; ``KiB`` ... and ``K``, ``M``, ``G``, ``T`` powers of 1024.
+
+    Raises
+    ------
+    InputError
+        For anything else, or less than 8 MiB.
+    """
+    if value is None:
+        return None
+    expected = f"a number of bytes of at least {SMALLEST}, text such as '4GB' or '512MiB', or None"
+    found = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
+        if match and match[2].upper() in _UNITS:
+            found = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        found = float(value)
+    if found is None or not SMALLEST <= found < 2**62:
+        raise InputError(f"{name}: " + describe(repr(value), expected))
+    return int(found)
+
+
+def readable(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.{2 if unit == 'GiB' else 0}f} {unit}"
+    return f"{count / 1024:.0f} KiB"
+
+
+# Measuring ------------------------------------------------------------------------------------------------
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        # What getrusage tells on Linux includes the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def resident_memory() -> int | None:
+    """Resident memory of this process now, in bytes; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def release_pages(array: Any) -> None:
+    """Give back the resident pages of a numpy memory map of a file, which stays in the system's cache.
+
+    Pages of a map count as memory of the process until the system runs short, so that a pass over a store would seem
+    to take as much as the store, and would where memory is limited from outside.
+    """
+    mapped = getattr(array, "_mmap", None)
+    # In mode "c" the pages are the only place where changes are. Only Linux drops pages at once.
+    if mapped is None or getattr(array, "mode", "c") == "c" or sys.platform != "linux":
+        return
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Give the pages of freed blocks back to the system, where the C library keeps them for itself (glibc).
+
+    The blocks of a pass over many small chunks leave holes that the next pass does not fill: without this the process
+    grows to several times of what it holds.
+    """
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def _find_trim() -> Any:
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):  # another C library
+        return None
+
+
+_TRIM = _find_trim()
+
+
+# The limit ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one fit may hold.
+
+    Attributes
+    ----------
+    limit : bytes in all, or None.
+    cache : bytes of per-sample statistics, or of transformed tokens, that are kept in memory.
+    workspace : elements of the largest temporary of a chunk of samples.
+    reading : bytes of float64 tokens that are read at once.
+    """
+
+    limit: int | None = None
+    cache: int = CACHE_BYTES
+    workspace: int = WORKSPACE
+    reading: int = READ_BYTES
+
+    @classmethod
+    def of(cls, limit: int | None) -> Budget:
+        """The shares of a limit."""
+        if limit is None:
+            return cls()
+        # A part is left to what is small, and to holes between blocks.
+        share = limit * 3 // 4
+        # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
+        return cls(
+            limit,
+            min(CACHE_BYTES, share // 6),
+            max(2**13, min(WORKSPACE, share // 256)),
+            max(2**16, min(READ_BYTES, share // 32)),
+        )
+
+
+_CURRENT: ContextVar[Budget] = ContextVar("budget", default=Budget())  # noqa: B039 - frozen
+
+
+def current() -> Budget:
+    """The budget in force."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def limited(limit: Any) -> Iterator[Budget]:
+    """Put a limit in force, as :func:`parse_bytes` takes it; None leaves what is in force."""
+    found = parse_bytes(limit)
+    budget = current() if found is None else Budget.of(found)
+    token = _CURRENT.set(budget)
+    try:
+        yield budget
+    finally:
+        _CURRENT.reset(token)
+
+
+# Temporary files ------------------------------------------------------------------------------------------
+
+
+def folder_of(source: Any) -> Path | None:
+    """The folder of the file or store that tokens come from, where temporary files are best put; None if unknown."""
+    for _ in range(8):
+        path = getattr(source, "path", None) or getattr(source, "filename", None)
+        if isinstance(path, (str, Path)):
+            return Path(path).resolve().parent
+        inner = getattr(source, "source", None)
+        if inner is None:
+            return None
+        source = inner
+    return None
+
+
+def roomy_folder(near: Path | None, needed: int) -> Path | None:
+    """A folder with room for a temporary file of ``needed`` bytes: ``near``, or the system's; None if neither has."""
+    for folder in (near, Path(tempfile.gettempdir())):
+        if folder is None or not os.access(folder, os.W_OK):
+            continue
+        if shutil.disk_usage(folder).free >= needed + ROOM_LEFT:
+            return folder
+    return None
+
+
+class FileRows:
+    """Rows of an array in a temporary file without a name: read into fresh buffers, never mapped.
+
+    The file is gone as soon as the process is, however it ends. ``rows[i:j]`` and ``rows[index]`` are tensors.
+
+    Parameters
+    ----------
+    shape : (n, ...).
+    dtype : of the tensors.
+    folder : where the file is.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
+        self.shape, self.dtype, self.folder = tuple(shape), dtype, folder
+        self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
+        self._row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * self._numpy.itemsize
+        try:
+            self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as this
+        except OSError as error:
+            raise DataError(f"{folder}: cannot make a temporary file ({error.strerror or error})") from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.shape[0] * self._row_bytes
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Rows ``start``, ``start + 1``, ..."""
+        data = _bytes_of(rows.detach().cpu().contiguous().numpy())
+        self._file.seek(start * self._row_bytes)
+        try:
+            while len(data):
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            fix = f"free {readable(self.nbytes)}, or raise the memory limit"
+            raise DataError(f"{self.folder}: a temporary file cannot be written ({error.strerror}); {fix}") from error
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return torch.from_numpy(self._run(start, max(start, stop)))
+            index = np.arange(start, stop, step)
+        rows = np.asarray(index.cpu() if isinstance(index, Tensor) else index, dtype=np.int64)
+        out = np.empty((len(rows), *self.shape[1:]), self._numpy)
+        # Runs of consecutive rows are read at once.
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            if last > first:
+                self._fill(out[first:last], int(rows[first]))
+        return torch.from_numpy(out)
+
+    def _run(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), self._numpy)
+        self._fill(out, start)
+        return out
+
+    def _fill(self, out: np.ndarray, start: int) -> None:
+        buffer = _bytes_of(out)
+        self._file.seek(start * self._row_bytes)
+        while len(buffer):
+            count = self._file.readinto(buffer)
+            if not count:
+                raise DataError(f"{self.folder}: a temporary file ends before row {start + len(out)}")
+            buffer = buffer[count:]
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,224 @@
+"""Several processes on one program: the same results as one, a lost worker noticed, work taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convexheads import ConvexHeadClassifier, distributed
+from convexheads.cli import main
+from convexheads.distributed import ALONE, World
+from convexheads.errors import InputError
+from convexheads.tokens.store import TokenStore
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+
+def torchrun(workers: int, *command: str, wait: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Run a command line of Python on several workers of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers}", f"--master-port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=wait, env=environment)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(301, 6, 9))
+    y = (X[:, :, 0] * X[:, :, 1]).mean(1) + 0.2 * rng.normal(size=301) > 0
+    folder = tmp_path_factory.mktemp("tokens") / "train"
+    TokenStore.write(folder, X, y.astype(int), dtype="float32", shard_rows=64)
+    return folder
+
+
+HEAD = ["--head", "mlp", "--activation", "gated_relu", "--gates", "3", "--pca", "5", "--whiten", "--append-constant"]
+
+
+def options(store: Path, out: Path, *more: str) -> list[str]:
+    return ["fit", str(store), "--out", str(out), *HEAD, "--tol", "1e-7", "--threads", "1", *more]
+
+
+def one_process(store: Path, out: Path, *more: str) -> dict[str, Any]:
+    result = out.with_suffix(".json")
+    assert main(options(store, out, "--quiet", "--json", str(result), *more)) == 0
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("beta", [["--beta-ratio", "0.05"], ["--beta-ratios", "0.3,0.1"]])
+def test_two_workers_end_at_the_objective_of_one(store: Path, tmp_path: Path, beta: list[str]) -> None:
+    alone = one_process(store, tmp_path / "one.safetensors", *beta)
+    out, result = tmp_path / "two.safetensors", tmp_path / "two.json"
+    done = torchrun(2, "-m", "convexheads", *options(store, out, *beta, "--json", str(result)))
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(result.read_text())
+    assert shared["workers"] == 2
+    assert shared["certificate"]["certified"]
+    for number in ("primal", "dual", "beta"):
+        assert shared["certificate"][number] == pytest.approx(alone["certificate"][number], rel=1e-6)
+    assert shared["train_accuracy"] == alone["train_accuracy"]
+    assert shared["rank"] == alone["rank"]
+    # The first worker alone prints, and the checkpoint goes with the fit.
+    assert done.stdout.count("lower bound") == 1
+    assert sorted(file.name for file in tmp_path.glob("two*")) == ["two.json", "two.safetensors"]
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from convexheads.cli import main
+
+def stop(checkpoint):
+    while not checkpoint.exists():
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    threading.Thread(target=stop, args=(Path(sys.argv[1]),), daemon=True).start()
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_worker_ends_the_run_and_one_process_goes_on(store: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    out, checkpoint = tmp_path / "head.safetensors", tmp_path / "head.safetensors.checkpoint"
+    begin = time.monotonic()
+    # A tolerance that no fit reaches keeps it running until the worker is gone.
+    endless = ["--beta-ratio", "0.05", "--tol", "1e-15", "--max-iter", "1000000", "--checkpoint-seconds", "0"]
+    done = torchrun(2, str(script), str(checkpoint), *options(store, out), *endless)
+    assert time.monotonic() - begin < 60
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("convexheads: error:")]
+    assert len(said) == 1
+    assert "worker was lost" in said[0]
+    assert "Start the same command again" in said[0]
+    assert not out.exists()
+    resumed = one_process(store, out, "--beta-ratio", "0.05")
+    fresh = one_process(store, tmp_path / "fresh.safetensors", "--beta-ratio", "0.05")
+    assert resumed["certificate"]["primal"] == pytest.approx(fresh["certificate"]["primal"], rel=1e-6)
+    assert not checkpoint.exists()
+
+
+def test_other_commands_are_refused(store: Path) -> None:
+    done = torchrun(2, "-m", "convexheads", "compare", "--train", str(store), "--test", str(store))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("convexheads: error:")]
+    assert said == ["convexheads: error: got compare under torchrun; expected one process, or one of extract, fit"]
+
+
+EXTRACTION = """
+import sys
+import numpy as np, torch
+from convexheads import distributed
+from convexheads.datasets import load_dataset
+from convexheads.tokens.extraction import extract
+
+class Tiny:
+    name, grid, layout, width = "tiny", (2, 2), {"patch": (0, 4)}, 6
+    device = torch.device("cpu")
+    weight = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fingerprint = {"class": "Tiny"}
+    transform_fingerprint = {"resolution": 8}
+    left = int(sys.argv[2])
+
+    def preprocess(self, image):
+        pixels = np.asarray(image.resize((8, 8)), np.float32) / 255 - 0.5
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def tokens(self, batch):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return torch.conv2d(batch, self.weight, stride=4).flatten(2).transpose(1, 2)
+
+options = dict(batch_size=4, shard_rows=16, progress=False, checkpoint_seconds=0.0)
+try:
+    with distributed.joined() as world:
+        done = extract(load_dataset("digits", "test", limit=90), Tiny(), sys.argv[1], **options)
+        if world.first:
+            print(world.size, done.images, done.resumed_from)
+except KeyboardInterrupt:
+    sys.exit(1)
+"""
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def test_extraction_by_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
+    script = tmp_path / "extract.py"
+    script.write_text(EXTRACTION)
+
+    def one(out: str, batches: int = 10**6) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(tmp_path / out), str(batches)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert one("alone").stdout.split() == ["1", "90", "0"]
+    expected = content(tmp_path / "alone")
+    assert len([name for name in expected if name.endswith(".bin")]) == 6
+
+    done = torchrun(2, str(script), str(tmp_path / "both"), str(10**6))
+    assert done.stdout.split() == ["2", "90", "0"], done.stderr
+    assert content(tmp_path / "both") == expected
+
+    # Begun by one process (6 batches of 4: one shard and a half), gone on with by two, finished by one.
+    assert one("mixed", 6).returncode == 1
+    assert torchrun(2, str(script), str(tmp_path / "mixed"), "4").returncode != 0
+    last = one("mixed")
+    assert last.stdout.split()[0] == "1", last.stderr
+    assert int(last.stdout.split()[2]) >= 24 + 16
+    assert content(tmp_path / "mixed") == expected
+
+
+class Second(World):
+    """The second of three workers, whose messages go nowhere."""
+
+    rank, size = 1, 3
+
+
+def test_shares_cover_all_samples() -> None:
+    world = Second()
+    covered: list[int] = []
+    for rank in range(3):
+        world.rank = rank
+        covered += range(*world.rows(10).indices(10))
+    assert covered == list(range(10))
+    with pytest.raises(InputError, match="2 samples for 3 workers"):
+        world.rows(2)
+
+
+def test_alone() -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    assert ALONE.sum(tensor) is tensor
+    assert ALONE.total(2.5) == 2.5
+    assert ALONE.agree({"a": [1]}) == {"a": [1]}
+    assert ALONE.first
+    assert not distributed.launched()
+    with distributed.joined() as world:
+        assert world is ALONE
+        assert distributed.current() is ALONE
+
+
+def test_fista_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 2, 3)), np.arange(30) % 2
+    model = ConvexHeadClassifier("mlp", solver="fista", beta_ratio=0.1)
+    monkeypatch.setattr(distributed, "_CURRENT", Second())
+    with pytest.raises(InputError, match="'fista' for 3 workers; expected one process"):
+        model.fit(X, y)

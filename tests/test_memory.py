@@ -1,0 +1,193 @@
+"""The memory limit: how it is given, what it bounds, and that it changes no result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convexheads import ConvexHeadClassifier, memory, problem
+from convexheads.errors import DataError, InputError
+from convexheads.inputs import TokenRows, own_rows, shown, without_last
+from convexheads.tokens.store import TokenStore
+from convexheads.tokens.transforms import PCATokens
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("4GB", 4 * 10**9),
+        ("4GiB", 4 * 2**30),
+        ("1.5g", 3 * 2**29),
+        (" 512 MiB ", 512 * 2**20),
+        (10**8, 10**8),
+        ("100000000", 10**8),
+        (None, None),
+    ],
+)
+def test_bytes(given: object, expected: int | None) -> None:
+    assert memory.parse_bytes(given) == expected
+
+
+@pytest.mark.parametrize("given", ["4 apples", "GB", "-4GB", 0, "1MB", True, [4], float("nan"), "1e9"])
+def test_bad_bytes(given: object) -> None:
+    with pytest.raises(InputError, match="memory_limit: got"):
+        memory.parse_bytes(given)
+    with pytest.raises(InputError, match="memory_limit: got"):
+        ConvexHeadClassifier(memory_limit=given).fit(np.zeros((4, 1, 2)), [0, 1, 0, 1])
+
+
+def test_a_limit_too_small_for_the_outputs_is_told() -> None:
+    X = np.zeros((60, 1, 40), np.float32)
+    targets = np.tile(np.eye(60), (1, 500)) / 500
+    with pytest.raises(InputError, match=r"memory_limit: got .*; expected at least .* for the outputs of 60 samples"):
+        ConvexHeadClassifier("mlp", memory_limit="8MiB", label_smoothing=0.0).fit(X, targets)
+
+
+def test_budgets_are_nested_and_left() -> None:
+    outside = memory.current()
+    with memory.limited("32MB") as inner:
+        assert memory.current() is inner
+        assert inner.limit == 32 * MB
+        assert inner.cache + 8 * inner.workspace + inner.reading < 32 * MB
+        with memory.limited(None):
+            assert memory.current() is inner
+    assert memory.current() is outside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+def test_rows_in_a_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = (torch.randn(20, 3, 2, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    rows = memory.FileRows((20, 3, 2), dtype, tmp_path)
+    rows.write(8, values[8:])
+    rows.write(0, values[:8])
+    assert torch.equal(rows[0:20], values)
+    assert torch.equal(rows[5:9], values[5:9])
+    assert torch.equal(rows[7:3], values[7:3])
+    index = torch.tensor([3, 4, 5, 1, 1, 19, 0])
+    assert torch.equal(rows[index], values[index])
+    assert torch.equal(rows[index.numpy()], values[index])
+    assert rows[torch.tensor([], dtype=torch.long)].shape == (0, 3, 2)
+    # It has no name, so that nothing is left behind however the process ends.
+    assert list(tmp_path.iterdir()) == []
+    short = memory.FileRows((20, 3, 2), dtype, tmp_path)
+    short.write(0, values[:4])
+    with pytest.raises(DataError, match="ends before row"):
+        short[2:10]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 5, 8))
+    y = (X[:, :, 0] * X[:, :, 1]).mean(1) > 0
+    return TokenStore.write(tmp_path / "store", X, y.astype(int), dtype="float32", shard_rows=64)
+
+
+def test_transformed_tokens_in_a_file_are_those_in_memory(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = PCATokens(3, whiten=True).fit(store)
+    expected = torch.from_numpy(view.transform(store))
+    assert isinstance(shown(view, store), torch.Tensor)
+    monkeypatch.setattr(memory, "_CURRENT", memory.ContextVar("test", default=memory.Budget(None, 1000, 2**13, 2**12)))
+    for room, kind in ((10**15, "TransformedTokens"), (0, "FileRows")):
+        monkeypatch.setattr(memory, "ROOM_LEFT", room)
+        tokens = shown(view, store)
+        assert isinstance(tokens, TokenRows)
+        assert type(tokens.source).__name__ == kind
+        assert torch.allclose(tokens[3:90], expected[3:90], atol=1e-6)
+        part = own_rows(tokens, slice(50, 120))
+        assert part.shape == (70, 3, 5)[:1] + expected.shape[1:]
+        assert torch.allclose(part[np.array([0, 69, 4])], expected[[50, 119, 54]], atol=1e-6)
+        assert torch.allclose(without_last(tokens)[0:7], expected[:7, :, :-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 10**15])
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_results_do_not_depend_on_where_statistics_are(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch, activation: str, room: int
+) -> None:
+    options = {"activation": activation, "gates": 3, "beta_ratio": 0.1, "tol": 1e-7}
+    inside = ConvexHeadClassifier("mixer", **options).fit(np.asarray(store), store.labels)
+    monkeypatch.setattr(memory, "ROOM_LEFT", room)
+    monkeypatch.setattr(memory, "CACHE_BYTES", 100)
+    assert memory.Budget.of(32 * MB).cache == 100
+    outside = ConvexHeadClassifier("mixer", memory_limit="32MB", **options).fit(store, store.labels)
+    assert outside.certificate_.primal == pytest.approx(inside.certificate_.primal, rel=1e-6)
+    assert np.allclose(outside.decision_function(store), inside.decision_function(np.asarray(store)), atol=1e-3)
+
+
+def test_statistics_are_kept_in_files_only_where_there_is_room(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    original = problem.Problem._cached_stats
+
+    def watched(self: problem.Problem, dtype: torch.dtype) -> object:
+        found = original(self, dtype)
+        kept.append("computed again" if found is None else type(found[0][0]).__name__)
+        return found
+
+    monkeypatch.setattr(problem.Problem, "_cached_stats", watched)
+    monkeypatch.setattr(memory, "CACHE_BYTES", 100)
+    for room, expected in ((0, "FileRows"), (10**15, "computed again")):
+        monkeypatch.setattr(memory, "ROOM_LEFT", room)
+        ConvexHeadClassifier("mixer", memory_limit="32MB", beta_ratio=0.3).fit(store, store.labels)
+        assert set(kept) == {expected}
+        kept.clear()
+
+
+FIT = """
+import json, sys, time
+import numpy as np
+from convexheads import ConvexHeadClassifier, memory
+from convexheads.tokens.store import TokenStore
+
+limit, folder = (None if sys.argv[1] == "none" else sys.argv[1]), sys.argv[2]
+rng = np.random.default_rng(0)
+options = dict(beta_ratio=0.3, max_rank=6, tol=2e-2)
+# What is imported and compiled on the way is no part of a fit.
+ConvexHeadClassifier("mixer", **options).fit(rng.normal(size=(60, 4, 3)), np.arange(60) % 3)
+store = TokenStore.open(folder)
+tokens = store if limit else np.asarray(store)
+before, begin = memory.resident_memory(), time.process_time()
+model = ConvexHeadClassifier("mixer", memory_limit=limit, **options).fit(tokens, store.labels)
+print(json.dumps({
+    "added": memory.peak_memory() - before,
+    "seconds": time.process_time() - begin,
+    "objective": model.certificate_.primal,
+    "dual": model.certificate_.dual,
+}))
+"""
+
+
+@pytest.mark.skipif(memory.resident_memory() is None, reason="the system does not tell the memory of a process")
+def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(6000, 64, 128)).astype(np.float16)
+    y = X[:, :, :4].mean(1).argmax(1)
+    TokenStore.write(tmp_path / "store", X, y, shard_rows=2000)
+    size = sum(file.stat().st_size for file in (tmp_path / "store").iterdir())
+    assert size >= 3 * 32 * MB
+    del X
+    script = tmp_path / "fit.py"
+    script.write_text(FIT)
+
+    def run(limit: str) -> dict[str, float]:
+        command = [sys.executable, str(script), limit, str(tmp_path / "store")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    limited, free = run("32MB"), run("none")
+    assert limited["added"] <= 32 * MB
+    assert limited["objective"] == pytest.approx(free["objective"], rel=2e-2)
+    assert max(limited["dual"], free["dual"]) <= min(limited["objective"], free["objective"])
+    # Processor time: other processes do not count. The claim is twice; the margin is for noise.
+    assert limited["seconds"] <= 2.5 * free["seconds"]
