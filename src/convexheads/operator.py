@@ -56,6 +56,10 @@ class Component:
     def q(self) -> int:
         return self.form.value_width * self.width
 
+    def to(self, device: torch.device) -> Component:
+        """This component with its gates on a device."""
+        return self if self.gates is None else replace(self, gates=self.gates.to(device))
+
     def only_gate(self, gate: int | None) -> Component:
         """This component with a single one of its gates."""
         if gate is None or self.gates is None:

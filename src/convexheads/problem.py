@@ -88,10 +88,11 @@ class Problem:
         cache_bytes: int | None = None,
         world: World = ALONE,
     ) -> None:
-        self.components, self.tokens, self.world = components, tokens, world
+        self.tokens, self.world = tokens, world
         self.own_loss: Loss = loss
         self.loss: Loss = loss if world.size == 1 else SharedLoss(loss, world)
         self.device = torch.device(device)
+        self.components = [component.to(self.device) for component in components]
         self.targets = targets.to(self.device, torch.float64)
         self.weights = weights.to(self.device, torch.float64)
         self.beta, self.fit_intercept, self.dtype = float(beta), fit_intercept, dtype
@@ -118,7 +119,7 @@ class Problem:
     def with_components(self, components: list[Component]) -> Problem:
         """Other components on the same tokens, targets and beta; statistics are not shared."""
         other = self.with_beta(self.beta)
-        other.components, other._cache = components, {}
+        other.components, other._cache = [component.to(self.device) for component in components], {}
         return other
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
