@@ -452,10 +452,11 @@ class Factored:
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.prove(current)
-                    if solution is not None:
+                    if solution.converged:
                         return solution
-                    # The estimate was too low; ask for more before the next proof.
-                    target = 0.5 * min(target, bound.relative_gap)
+                    # The estimate was too low, by this factor: ask for that much more before the next proof.
+                    short = bound.relative_gap / solution.certificate.relative_gap
+                    target = 0.8 * min(target, bound.relative_gap, self.tol * short)
                 fall = values[-11] - values[-1] if len(values) > 10 else math.inf
                 grown = None
                 # A warm start of another beta lacks the units that this beta calls for.
@@ -661,11 +662,10 @@ class Factored:
                 smaller.pairs.append((step, change, 1.0 / curvature))
         return smaller, shapes
 
-    def prove(self, factors: Factors) -> Solution | None:
-        """The certified solution if the proof confirms the tolerance, else None."""
+    def prove(self, factors: Factors) -> Solution:
+        """The certified solution; it has converged if the proof confirms the tolerance."""
         self.n_proofs += 1
-        found = self.finish(factors, "the relative gap reached tol")
-        return found if found.converged else None
+        return self.finish(factors, "the relative gap reached tol")
 
     def finish(self, factors: Factors, message: str) -> Solution:
         problem = self.problem
