@@ -456,7 +456,7 @@ class Factored:
                         return solution
                     # The estimate was too low, by this factor: ask for that much more before the next proof.
                     short = bound.relative_gap / solution.certificate.relative_gap
-                    target = 0.8 * min(target, bound.relative_gap, self.tol * short)
+                    target = max(0.2 * target, 0.8 * min(target, bound.relative_gap, self.tol * short))
                 fall = values[-11] - values[-1] if len(values) > 10 else math.inf
                 grown = None
                 # A warm start of another beta lacks the units that this beta calls for.
