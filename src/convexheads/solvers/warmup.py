@@ -26,8 +26,8 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     """
     dtype = variables.tensors()[0].dtype
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
-    # A batch is small enough as a whole unless memory is limited.
-    most = size if problem.budget.limit is None else problem.chunk_rows(max(1, variables.n_units), True)
+    # Temporaries that stay in the cache are several times faster than those of a whole batch.
+    most = problem.chunk_rows(max(1, variables.n_units), problem.budget.limit is not None)
     for index in order.split(size):
         gradient = variables.like(torch.zeros_like(variables.flat()))
         for part in problem.own_samples(index)[0].split(most):
