@@ -203,6 +203,9 @@ class Problem:
             sizes = [c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components]
             work = max(work, *sizes)
         limited = self.budget.limit is not None
+        if limited:
+            # What is read of a sample counts as well, however few the units.
+            work = max(work, *(c.form.tokens * c.form.features * c.n_gates // 4 for c in self.components))
         workspace = min(WORKSPACE, self.budget.workspace)
         return max(1 if limited else 16, min(8192, workspace // max(1, work)))
 
