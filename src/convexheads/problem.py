@@ -435,9 +435,13 @@ class Problem:
         p = component.p
         entries = component.form.distinct_width * (1 if component.form.pooled else component.form.tokens)
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
-        workspace = min(GAMMA_WORKSPACE, 8 * self.budget.workspace)
-        samples = min(GAMMA_SAMPLES, max(1, self.chunk_rows(1, True) * workspace // GAMMA_WORKSPACE * 16))
-        step = max(samples, min(4096, int(workspace / (p * entries))))
+        if self.budget.limit is None:
+            workspace = GAMMA_WORKSPACE
+            step = max(16, min(16 * self.chunk_rows(1, True), GAMMA_SAMPLES))
+            step = max(step, min(4096, int(workspace / (p * entries))))
+        else:
+            workspace = 2 * min(WORKSPACE, self.budget.workspace)
+            step = max(1, min(self.chunk_rows(4, True), max(16, int(workspace / (p * entries)))))
         unit = component.form.row_step
         bands = max(1, math.ceil(step * p * entries / workspace))
         band = math.ceil(p / (bands * unit)) * unit

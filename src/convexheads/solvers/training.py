@@ -342,6 +342,7 @@ def solve_adamw(
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
     prove: bool = True,
+    resumed: bool = False,
     **options: Any,
 ) -> Solution:
     """Train networks by AdamW from several seeds and learning rates; the lowest training objective wins.
@@ -355,6 +356,7 @@ def solve_adamw(
     init : units to start from; where they are fewer than ``units``, small random ones fill them up.
     progress : called with a dict at every check.
     prove : certificates are always proved.
+    resumed : makes no difference: ``init`` is where training starts in any case.
     options : see :class:`AdamWOptions`.
 
     The solution is the network as training left it, certified as it is: see the module on its weight decay.
@@ -388,6 +390,7 @@ def solve_lbfgs(
     init: Factors | None = None,
     progress: Callable[[dict], None] | None = None,
     prove: bool = True,
+    resumed: bool = False,
     **options: Any,
 ) -> Solution:
     """Train networks by full-batch L-BFGS from several seeds; the lowest training objective wins.
