@@ -1,0 +1,104 @@
+"""scikit-learn's LogisticRegression and the linear head: the same convex program, to the same gradient norm.
+
+Both minimise  mean cross-entropy + (beta/2) ||W||_F^2  with a free intercept, C = 1 / (n beta). Its duality gap at the
+best intercept is ||gradient||^2 / (2 beta), which turns the gradient norm that scikit-learn reaches at its default
+tolerance into the gap that our solver is asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from convexheads.bench.common import Ratio, Result, Settings, TokenSource, row, timed, warm_up
+from convexheads.bench.independent import ridge_gradient
+from convexheads.bench.problems import one_hot
+from convexheads.estimators import ConvexHeadClassifier
+
+PACKAGES = ()
+
+TARGET = 1.5
+BETA = 1e-3
+"""On standardised features."""
+
+
+def synthetic_features(n: int, d: int, c: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated features (n, d) with a mean a class, and labels (n,)."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % c
+    mixing = rng.standard_normal((d, d)) * (1.0 + np.arange(d))[:, None] ** -0.5
+    return (rng.standard_normal((n, d)) + 0.5 * rng.standard_normal((c, d))[labels]) @ mixing, labels
+
+
+def real_features(source: TokenSource) -> list[np.ndarray]:
+    """The mean token, and CLS beside it where there is one: (n, d) and (n, 2 d)."""
+    layout = dict(source.layout or {})
+    start, stop = layout.get("patch", (0, int(source.X.shape[1])))
+    parts = [np.asarray(source.X[i : i + 512]) for i in range(0, len(source.labels), 512)]
+    mean = np.concatenate([part[:, start:stop].mean(1) for part in parts])
+    if "cls" not in layout:
+        return [mean]
+    cls = np.concatenate([part[:, layout["cls"][0]] for part in parts])
+    return [cls, np.concatenate([cls, mean], 1)]
+
+
+def run(settings: Settings) -> Result:
+    """Time to scikit-learn's gradient norm, for each number of features and either dtype of its iterations."""
+    warm_up()
+    result = Result("logistic")
+    if settings.quick:
+        problems = [synthetic_features(200, 8, 4, settings.seed)]
+    elif settings.tokens is not None:
+        problems = [(X, settings.tokens.labels) for X in real_features(settings.tokens)]
+    else:
+        problems = [synthetic_features(10_000, d, 100, settings.seed) for d in (384, 768)]
+        result.notes.append("logistic: synthetic features in place of tokens (--tokens)")
+    for X, labels in problems:
+        _compare(StandardScaler().fit_transform(X), np.unique(labels, return_inverse=True)[1], result, settings)
+    return result
+
+
+def _compare(X: np.ndarray, labels: np.ndarray, result: Result, settings: Settings) -> None:
+    n, d = X.shape
+    X32, Y = X.astype(np.float32), one_hot(labels)
+    # Both see the same numbers, whatever the dtype of the iterations.
+    X = X32.astype(np.float64)
+    name = f"n = {n}, d = {d}, c = {Y.shape[1]}"
+    quotients = []
+    for dtype, data in (("float32", X32), ("float64", X)):
+        peer = f"scikit-learn, {dtype}"
+        settings.say(f"logistic: {peer}, {name} ...")
+        timing, model = timed(partial(_fit_peer, data, labels, n), settings.repeats)
+        value, norm = ridge_gradient(X, Y, model.coef_.T, model.intercept_, BETA)
+        more = {"gradient_norm": norm, "objective": value, "relative_gap": norm**2 / (2 * BETA * value)}
+        result.rows.append(row(name, peer, timing, None, iterations=int(model.n_iter_[0])) | more)
+        tol = max(1e-12, more["relative_gap"])
+        settings.say(f"logistic: ours, {name}, to a gradient norm of {norm:.1e} ...")
+        own, head = timed(partial(_fit_ours, X32, labels, tol, settings.seed), settings.repeats)
+        W = head.blocks_[0].Z
+        value, reached = ridge_gradient(X, Y, W, head.intercept_, BETA)
+        more = {"gradient_norm": reached, "objective": value, "relative_gap": reached**2 / (2 * BETA * value)}
+        note = "" if reached <= 1.01 * norm else "not at the gradient norm asked for"
+        result.rows.append(row(name, f"ours, to that of {peer}", own, None, iterations=head.n_iter_) | more)
+        result.rows[-1]["note"] = note
+        quotients.append(Ratio(f"logistic, {name}: {peer} / ours at its gradient norm", timing.median / own.median))
+    for quotient in quotients:
+        slowest = quotient is min(quotients, key=lambda each: each.value)
+        target = TARGET if slowest and not settings.quick else None
+        result.ratios.append(Ratio(quotient.what, quotient.value, target))
+
+
+def _fit_peer(X: np.ndarray, labels: np.ndarray, n: int) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=1.0 / (n * BETA), max_iter=10_000).fit(X, labels)
+
+
+def _fit_ours(X: np.ndarray, labels: np.ndarray, tol: float, seed: int) -> Any:
+    return ConvexHeadClassifier("linear", beta=BETA, tol=tol, random_state=seed).fit(X, labels)
