@@ -1,6 +1,6 @@
 """Objective and duality gap from the definition, in numpy and float64, without any code of the solvers.
 
-    f(O) + (beta / 2) sum_j (||u_j||^2 + ||v_j||^2),   O = sum_j mean over tokens of values(X, M o hidden(X, u_j)) v_j + b
+    f(O) + (beta / 2) sum_j (||u_j||^2 + ||v_j||^2),   O = sum_j mean_tokens values(X, M o hidden(X, u_j)) v_j + b
 
 is evaluated on the tokens themselves. The gap comes from the dual point L = gradient of f at O with the best
 intercept, scaled until sigma_max(A_g^* L) <= beta for every gate g: see the certificate's module for the theory. Only

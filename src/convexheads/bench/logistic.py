@@ -40,7 +40,8 @@ def real_features(source: TokenSource) -> list[np.ndarray]:
     """The mean token, and CLS beside it where there is one: (n, d) and (n, 2 d)."""
     layout = dict(source.layout or {})
     start, stop = layout.get("patch", (0, int(source.X.shape[1])))
-    parts = [np.asarray(source.X[i : i + 512]) for i in range(0, len(source.labels), 512)]
+    # Stores keep half precision, in which no mean should be taken.
+    parts = [np.asarray(source.X[i : i + 512], np.float32) for i in range(0, len(source.labels), 512)]
     mean = np.concatenate([part[:, start:stop].mean(1) for part in parts])
     if "cls" not in layout:
         return [mean]
