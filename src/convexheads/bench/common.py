@@ -166,10 +166,16 @@ def row(problem: str, method: str, timing: Timing | None, check: Check | None, *
         "slowest": None if timing is None else max(timing.runs),
         "runs": 0 if timing is None else len(timing.runs),
         "objective": None if check is None else check.objective,
+        "dual": None if check is None else check.dual,
         "relative_gap": None if check is None else check.relative_gap,
         "note": "",
         **more,
     }
+
+
+def missed(reached: Check, gap: float) -> str:
+    """A note where a solution has not, by a hundredth of it, the relative gap that was asked for; else nothing."""
+    return "not at the gap asked for" if reached.relative_gap > 1.01 * gap else ""
 
 
 def timed(function: Callable[[], T], repeats: int) -> tuple[Timing, T]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from convexheads.bench.common import Ratio, Result, Settings, Timing, row, threads, timed, warm_up
+from convexheads.bench.common import Ratio, Result, Settings, Timing, missed, row, threads, timed, warm_up
 from convexheads.bench.independent import Task, check
 from convexheads.bench.problems import make_task, our_problem, our_solution, synthetic_tokens
 from convexheads.problem import Problem
@@ -137,7 +137,7 @@ def _fits(problems: list[Sizes], result: Result, settings: Settings) -> None:
         task = sizes.task(settings.seed)
         timing, solution = _fit(task, settings)
         reached = check(task, our_solution(our_problem(task), solution.factors))
-        more = {"axis": "n", "threads": settings.threads}
+        more = {"axis": "n", "threads": settings.threads, "note": missed(reached, GAP)}
         result.rows.append(row(str(sizes), f"fit to {GAP:g}", timing, reached, **more))
         seconds.append(timing.median)
     counts = [float(sizes.n) for sizes in problems]
