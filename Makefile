@@ -4,14 +4,16 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 EXTRAS := backbones,datasets,plots,report,relu,onnx,dev
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types docs clean distclean
+.PHONY: help install demo bench test test-all lint types docs clean distclean
 .NOTPARALLEL:
 
 help: ## this list
@@ -42,6 +44,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install ## all heads compared on the digits data set (about 6 minutes on two cores)
 	@.venv/bin/convexheads demo $(DEMO_ARGS)
+
+bench: $(BENCH_STAMP) ## other programs against this library on the same problems (hours; BENCH_ARGS=--quick: seconds)
+	@.venv/bin/convexheads bench $(BENCH_ARGS)
+
+# The peers are needed here only.
+$(BENCH_STAMP): $(STAMP)
+	@echo "Installing the packages that are compared with"
+	@$(PIP) -e '.[bench]'
+	@touch $(BENCH_STAMP)
 
 test: install lint types ## style, types and all tests but the slow ones (at most 20 minutes)
 	@echo "Running the tests"

@@ -39,6 +39,7 @@ LAYERS: list[list[str]] = [
     ["certification"],
     ["estimators", "storage"],
     ["model_selection"],
+    ["bench"],
     ["report", "cli", "commands"],
     ["__init__", "__main__"],
 ]
@@ -47,7 +48,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The command line imports lazily, inside functions, so that `--help` is fast.
 LAZY = {"cli", "commands"}
 
-OPTIONAL = ["transformers", "timm", "onnx", "onnxruntime", "matplotlib", "pyarrow", "pandas", "jinja2", "cvxpy"]
+OPTIONAL = ["transformers", "timm", "onnx", "onnxruntime", "matplotlib", "pyarrow", "pandas", "jinja2", "cvxpy", "scnn"]
 
 FILES = sorted(SOURCE.rglob("*.py"))
 ids = [str(path.relative_to(SOURCE)) for path in FILES]

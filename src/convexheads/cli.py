@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "convexheads.commands.explain",
         "draw the spectrum, latent dimensions, token clusters and evidence of a fitted head",
     ),
+    "bench": ("convexheads.commands.bench", "time this library and other programs on the same problems"),
 }
 """Name -> (module with ``add_arguments(parser)`` and ``run(args)``, line of help)."""
 

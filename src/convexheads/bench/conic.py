@@ -1,0 +1,161 @@
+"""Conic solvers on the dense lifted program of linear self-attention, against the factored solver.
+
+CVXPY hands   min (1/n) sum_i l(T_i Z + b, y_i) + beta ||Z||_*   to Clarabel and SCS, growing Z in R^{d^2 x d c} until
+neither is done within a minute. Our solver stops at the gap that each of them has reached.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexheads.bench.common import Ratio, Result, Settings, Timing, curve, missed, row, timed, warm_up
+from convexheads.bench.independent import Check, Solution, Task, check
+from convexheads.bench.problems import make_task
+from convexheads.errors import NotConvergedWarning, require
+from convexheads.estimators import ConvexHeadClassifier
+
+PACKAGES = ("cvxpy", "clarabel", "scs")
+
+MINUTE = 60.0
+TARGET = 500.0
+BETA_RATIO = 0.1
+LEAST_TOL = 1e-9
+"""Gaps below this are not asked of our solver: they are rounding."""
+PEERS: dict[str, tuple[str, str]] = {"SCS": ("SCS", "time_limit_secs"), "Clarabel": ("CLARABEL", "time_limit")}
+"""Name -> CVXPY's name for it, and its option for a time limit in seconds."""
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """The dense program: features T (n, d^2 d) with columns ((a, k), l), one-hot targets, beta."""
+
+    task: Task
+
+    def solve(self, peer: str, limit: float) -> tuple[float, Solution | None]:
+        """Seconds that the conic solver itself reports, without CVXPY's own, and its solution if it found one."""
+        cp = require("cvxpy", "bench")
+        task = self.task
+        n, _, d = task.X.shape
+        c = task.Y.shape[1]
+        X = task.X.astype(np.float64)
+        T = (X.mean(1)[:, :, None, None] * (X.swapaxes(1, 2) @ X)[:, None]).reshape(n, -1)
+        Z, b = cp.Variable((d * d, d * c)), cp.Variable(c)
+        O = T @ cp.reshape(Z, (d**3, c), order="C") + np.ones((n, 1)) @ cp.reshape(b, (1, c), order="C")
+        loss = (cp.sum(cp.log_sum_exp(O, axis=1)) - cp.sum(cp.multiply(task.Y, O))) / n
+        program = cp.Problem(cp.Minimize(loss + task.beta * cp.normNuc(Z)))
+        solver, option = PEERS[peer]
+        with warnings.catch_warnings():
+            # An inaccurate solution is told by its gap.
+            warnings.simplefilter("ignore")
+            try:
+                program.solve(solver=solver, **{option: limit})
+            except cp.error.SolverError:
+                return limit, None
+        if Z.value is None or program.status not in ("optimal", "optimal_inaccurate"):
+            return limit, None
+        stats = program.solver_stats
+        return float(stats.solve_time or 0.0) + float(stats.setup_time or 0.0), factored(Z.value, b.value)
+
+
+def factored(Z: np.ndarray, b: np.ndarray) -> Solution:
+    """A dense Z as balanced units, which have the weight decay ||Z||_*."""
+    U, sigma, Vh = np.linalg.svd(Z, full_matrices=False)
+    root = np.sqrt(sigma)[:, None]
+    return Solution([U.T * root], [Vh * root], b)
+
+
+def sizes(quick: bool) -> Iterator[tuple[int, int, int]]:
+    """Samples, features and classes of ever larger programs."""
+    if quick:
+        yield from ((20, 2, 2), (20, 2, 3))
+        return
+    for d in range(3, 20):
+        yield 200, d, max(2, 2 * d - 2)
+
+
+def run(settings: Settings) -> Result:
+    """Grow the program until no conic solver is done within a minute."""
+    warm_up()
+    result = Result("conic")
+    alive = list(PEERS)
+    solved: dict[int, dict[str, tuple[float, float]]] = {}
+    for n, d, c in sizes(settings.quick):
+        rng = np.random.default_rng(settings.seed)
+        X = rng.standard_normal((n, 8, d))
+        W = rng.standard_normal((d, d, c))
+        scores = np.einsum("na,nkl,akc,l->nc", X.mean(1), X.swapaxes(1, 2) @ X, W, rng.standard_normal(d))
+        # The label is what the planted head says, but every class occurs.
+        labels = np.where(np.arange(n) < 2 * c, np.arange(n) % c, scores.argmax(1))
+        task = make_task("self_attention", X, labels, BETA_RATIO)
+        name = f"{d * d} x {d * c}, n = {n}"
+        found: dict[str, tuple[float, float]] = {}
+        result.curves[name] = {}
+        for peer in list(alive):
+            settings.say(f"conic: {peer} on {name} ...")
+            timing, solution = _timed_peer(Lifted(task), peer, settings.repeats)
+            if solution is None or timing.median > MINUTE:
+                alive.remove(peer)
+            if solution is None:
+                result.rows.append(row(name, peer, timing, None, note=f"no solution within {MINUTE:g} s"))
+                continue
+            reached = check(task, solution)
+            result.rows.append(row(name, peer, timing, reached, tol=None, rank=None))
+            result.curves[name][peer] = _point(reached, timing.median)
+            if timing.median <= MINUTE:
+                found[peer] = timing.median, _ours(task, name, peer, reached, result, settings)
+        if found:
+            solved[d * 1000 + c] = found
+            last = name
+        if not alive:
+            break
+    if solved:
+        best = solved[max(solved)]
+        fastest = min(best, key=lambda peer: best[peer][0])
+        for peer, (theirs, ours) in best.items():
+            target = TARGET if peer == fastest and not settings.quick else None
+            result.ratios.append(Ratio(f"conic, {last}: {peer} / ours at its gap", theirs / ours, target))
+    result.notes.append("Conic solvers: the seconds that they report; ours: the whole fit, proof included.")
+    return result
+
+
+def _timed_peer(program: Lifted, peer: str, repeats: int) -> tuple[Timing, Solution | None]:
+    """Runs as in :func:`timed`, by the solver's own clock."""
+    clock: list[float] = []
+
+    def once() -> Solution | None:
+        seconds, solution = program.solve(peer, 1.2 * MINUTE)
+        clock.append(seconds)
+        return solution
+
+    _, solution = timed(once, repeats)
+    return Timing(tuple(clock)), solution
+
+
+def _ours(task: Task, name: str, peer: str, peers: Check, result: Result, settings: Settings) -> float:
+    """Seconds of our fit to the peer's gap; its row and curve go into the result."""
+    tol = min(0.5, max(LEAST_TOL, peers.relative_gap))
+    settings.say(f"conic: ours on {name} to a gap of {tol:.1e} ...")
+    labels = task.Y.argmax(1)
+
+    def fit() -> Any:
+        head = ConvexHeadClassifier("self_attention", beta=task.beta, tol=tol, random_state=settings.seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            return head.fit(task.X, labels)
+
+    timing, head = timed(fit, settings.repeats)
+    (block,) = head.blocks_
+    reached = check(task, Solution([block.u], [block.v], head.intercept_))
+    method = f"ours, gap of {peer}"
+    result.rows.append(row(name, method, timing, reached, note=missed(reached, tol), tol=tol, rank=head.rank_))
+    result.curves[name][method] = curve(head.history_, reached, timing.median)
+    return timing.median
+
+
+def _point(reached: Check, seconds: float) -> dict[str, list[float]]:
+    return {"objective": [reached.objective], "gap": [reached.relative_gap], "seconds": [seconds]}
