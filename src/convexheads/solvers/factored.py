@@ -55,6 +55,8 @@ RECENT = 5
 """Iterations over which the decrease of the objective is taken to foresee the gap."""
 IDLE = 1e-2
 """Units are idle if together they carry less than this share of the gap."""
+COLLAPSED = 1e-9
+"""Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
 CHEAP_WORK = 2e9
 """Floating-point operations of one evaluation up to which a head starts with all the units there can be."""
@@ -438,7 +440,7 @@ class Factored:
         next_check, latest, built_at = 0, 0, -REBUILD
         last_gap, last_decrease = math.inf, None
         values: list[float] = []
-        stalls = 0
+        stalls, stalled = 0, False
         message = f"max_iter = {self.max_iter} was reached"
         while True:
             decrease = values[-1 - RECENT] - values[-1] if len(values) > RECENT else None
@@ -451,13 +453,14 @@ class Factored:
                 bound, pairs = self.estimate(current)
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
-                    solution = self.prove(current)
+                    solution = self.finish(current, "the relative gap reached tol", bound.relative_gap)
                     if solution.converged:
                         return solution
                     # The estimate was too low, by this factor: ask for that much more before the next proof.
                     short = bound.relative_gap / solution.certificate.relative_gap
                     target = max(0.2 * target, 0.8 * min(target, bound.relative_gap, self.tol * short))
                 fall = values[-11] - values[-1] if len(values) > 10 else math.inf
+                fall, stalled = 0.0 if stalled else fall, False
                 grown = None
                 # A warm start of another beta lacks the units that this beta calls for.
                 if pairs and ((warm and self.n_iter == 0) or fall < self.stall(current, bound)):
@@ -487,7 +490,7 @@ class Factored:
             self.n_iter += 1
             if moved:
                 continue
-            stalls += 1
+            stalls, stalled = stalls + 1, True
             latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
@@ -600,10 +603,13 @@ class Factored:
     def full(self, factors: Factors, pair: SingularPair) -> bool:
         """Whether the pair's block has all the units there can be: then no stall is possible."""
         component, units = self.problem.components[pair.component], factors.units[pair.component]
-        own = len(units.v)
+        assert units.u is not None
+        size = units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
+        # Units that have shrunk to nothing count for nothing.
+        used = size > COLLAPSED * size.max() if len(size) else size > 0
         if units.gate is not None and pair.gate is not None:
-            own = int(units.gate.eq(pair.gate).sum())
-        return own >= min(component.p, component.q)
+            used = used & units.gate.eq(pair.gate)
+        return int(used.sum()) >= min(component.p, component.q)
 
     def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
         """More units, up to half as many again, along the singular vectors that lie above beta."""
@@ -662,23 +668,23 @@ class Factored:
                 smaller.pairs.append((step, change, 1.0 / curvature))
         return smaller, shapes
 
-    def prove(self, factors: Factors) -> Solution:
-        """The certified solution; it has converged if the proof confirms the tolerance."""
-        found = self.finish(factors, "the relative gap reached tol")
-        if not found.converged:
-            # The gap is of first order in what is left out, the objective of second: leave out less.
-            found = self.finish(factors, found.message, 0.05 * self.tol**2)
-        return found
+    def finish(self, factors: Factors, message: str, gap: float | None = None) -> Solution:
+        """The certified solution without its smallest units; ``gap`` is the estimate with all of them, if known.
 
-    def finish(self, factors: Factors, message: str, share: float | None = None) -> Solution:
-        """The solution without its smallest units, those that carry less than ``share`` of the objective together."""
+        The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
+        """
         problem = self.problem
         self.n_proofs += 1
-        share = 0.02 * self.tol if share is None else share
-        value = problem.value(factors)
-        slim, _ = canonical(problem, factors.to(torch.float64), share * abs(value))
-        slim, _ = refit_intercept(problem, slim)
-        certificate = certify_factors(problem, slim) if self.proves else self.estimate(slim.to(problem.dtype))[0]
+        value = abs(problem.value(factors))
+        gap = self.estimate(factors)[0].relative_gap if gap is None else gap
+        for share in (0.02 * self.tol, 0.05 * self.tol**2, 0.0):
+            slim, _ = canonical(problem, factors.to(torch.float64), share * value)
+            slim, _ = refit_intercept(problem, slim)
+            certificate = self.estimate(slim.to(problem.dtype))[0]
+            if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * gap):
+                break
+        if self.proves:
+            certificate = certify_factors(problem, slim)
         return Solution(
             slim,
             certificate,
