@@ -294,3 +294,11 @@ def test_bad_options(
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1
     assert message in err
+
+
+def test_a_coarse_tolerance_is_met() -> None:
+    """What is left out of a solution must not open the gap again, however much the tolerance seems to allow."""
+    task = small_task("mlp", 3)
+    solution = solver_function("factored")(our_problem(task, torch.float64), tol=0.3)
+    assert solution.converged
+    assert solution.certificate.relative_gap <= 0.3
