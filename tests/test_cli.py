@@ -526,7 +526,7 @@ FIT = ("--head", "mlp", "--beta-ratio", "0.1", "--out", "OUT/m.safetensors")
     ("arguments", "message"),
     [
         ((), "the following arguments are required: COMMAND"),
-        (("bench",), "invalid choice: 'bench'"),
+        (("train",), "invalid choice: 'train'"),
         (("fit",), "the following arguments are required: STORE, --out"),
         (("fit", "STORE:missing", *FIT), "no such folder"),
         (("fit", "STORE:empty", *FIT), "no token store"),
