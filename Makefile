@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@echo "Installed."
 
-demo: install ## all heads compared on the digits data set (about 6 minutes on two cores)
+demo: install ## all heads compared on the digits data set (about 3 minutes on two cores)
 	@.venv/bin/convexheads demo $(DEMO_ARGS)
 
 bench: $(BENCH_STAMP) ## other programs against this library on the same problems (hours; BENCH_ARGS=--quick: seconds)
