@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from convexheads.architectures import Architecture, Stats
+from convexheads.architectures import Architecture, Pullback, Stats
 from convexheads.types import BlockShape, Units
 
 
@@ -85,6 +85,13 @@ class Component:
         T = self.form.unit_features(stats, units.u, units.gate)  # type: ignore[arg-type]
         return T.reshape(-1, *T.shape[-2:])
 
+    def features_and_pullback(self, stats: Stats, units: Units) -> tuple[Tensor, Pullback | None]:
+        """:meth:`features`, and the map from a cotangent of them to that of u; None where there is no u."""
+        if units.u is None or not len(units.v):
+            return self.features(stats, units), None
+        T, pull = self.form.features_and_pullback(stats, units.u, units.gate)
+        return T.reshape(-1, *T.shape[-2:]), lambda cotangent: pull(cotangent.view_as(T))
+
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
         return T.flatten(1) @ v.flatten(0, 1)
@@ -96,11 +103,6 @@ class Component:
     def adjoint_features(self, v: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to T: (rows, m, k)."""
         return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
-
-    def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice) -> Tensor:
-        """Rows of Gamma_g = A_g^* L for these samples, before :meth:`Architecture.spread`: (r, k, c)."""
-        T = self.form.distinct_features(stats, rows, gate)
-        return self.adjoint_v(T.reshape(-1, *T.shape[-2:]), L)
 
 
 def split_rows(total: int, step: int) -> Iterator[slice]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convexheads import memory
-from convexheads.architectures import Stats
+from convexheads.architectures import Pullback, Stats
 from convexheads.distributed import ALONE, World
 from convexheads.losses import Loss, SharedLoss
 from convexheads.operator import Component, split_rows
@@ -286,34 +286,26 @@ class Problem:
         self, factors: Factors, stats: list[Stats], targets: Tensor, weights: Tensor, gradient: Factors
     ) -> float:
         """Add the loss gradient of some samples to ``gradient``; returns their loss."""
-        features, tracked = [], []
-        for component, each, units in zip(self.components, stats, factors.units, strict=True):
-            if units.u is None:
-                T, u = component.features(each, units), None
-            else:
-                u = units.u.detach().requires_grad_()
-                with torch.enable_grad():
-                    T = component.features(each, Units(u, units.v, units.gate))
-            features.append(T)
-            tracked.append(u)
-        O = self.combine(factors, [T.detach() for T in features], targets.shape[:-1])
+        parts = [
+            component.features_and_pullback(each, units)
+            for component, each, units in zip(self.components, stats, factors.units, strict=True)
+        ]
+        O = self.combine(factors, [T for T, _ in parts], targets.shape[:-1])
         loss = self.own_loss.value(O, targets, weights)
         L = self.own_loss.gradient(O, targets, weights).reshape(-1, self.outputs)
-        self._backward(factors, features, tracked, L, gradient)
+        for component, units, (T, pull), g in zip(self.components, factors.units, parts, gradient.units, strict=True):
+            self._pull(component, units, T, pull, L, g)
+        if gradient.intercept is not None:
+            gradient.intercept += L.sum(0)
         return loss
 
-    def _backward(
-        self, factors: Factors, features: list[Tensor], tracked: list[Tensor | None], L: Tensor, into: Factors
-    ) -> None:
-        for component, units, T, u, g in zip(
-            self.components, factors.units, features, tracked, into.units, strict=True
-        ):
-            part = L[:, component.outputs]
-            g.v += component.adjoint_v(T.detach(), part)
-            if u is not None and g.u is not None and len(u):
-                g.u += torch.autograd.grad(T, u, component.adjoint_features(units.v, part))[0]
-        if into.intercept is not None:
-            into.intercept += L.sum(0)
+    @staticmethod
+    def _pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
+        """Add the adjoint of one component at L, applied to both factors of its units."""
+        part = L[:, component.outputs]
+        into.v += component.adjoint_v(T, part)
+        if pull is not None and into.u is not None:
+            into.u += pull(component.adjoint_features(units.v, part))
 
     def add_decay(self, factors: Factors, gradient: Factors) -> None:
         """Add the gradient of the weight decay."""
@@ -410,16 +402,8 @@ class Problem:
             for component, stat, each, into in zip(self.components, stats, units, found, strict=True):
                 if not only(component) or not len(each.v):
                     continue
-                part = rows[:, component.outputs]
-                if each.u is None:
-                    into.v += component.adjoint_v(component.features(stat, each), part)
-                    continue
-                u = each.u.detach().requires_grad_()
-                with torch.enable_grad():
-                    T = component.features(stat, Units(u, each.v, each.gate))
-                into.v += component.adjoint_v(T.detach(), part)
-                assert into.u is not None
-                into.u += torch.autograd.grad(T, u, component.adjoint_features(each.v, part))[0]
+                T, pull = component.features_and_pullback(stat, each)
+                self._pull(component, each, T, pull, rows, into)
         return self._summed_units(found)
 
     def _summed_units(self, units: Sequence[Units]) -> list[Units]:
@@ -433,25 +417,24 @@ class Problem:
         if component.ridge:
             return self._ridge_gamma(L, k, dtype)
         p = component.p
-        entries = component.form.distinct_width * (1 if component.form.pooled else component.form.tokens)
+        size = component.form.adjoint_size
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
         if self.budget.limit is None:
             workspace = GAMMA_WORKSPACE
             step = max(16, min(16 * self.chunk_rows(1, True), GAMMA_SAMPLES))
-            step = max(step, min(4096, int(workspace / (p * entries))))
+            step = max(step, min(4096, int(workspace / size)))
         else:
             workspace = 2 * min(WORKSPACE, self.budget.workspace)
-            step = max(1, min(self.chunk_rows(4, True), max(16, int(workspace / (p * entries)))))
+            step = max(1, min(self.chunk_rows(4, True), max(16, int(workspace / size))))
         unit = component.form.row_step
-        bands = max(1, math.ceil(step * p * entries / workspace))
+        bands = max(1, math.ceil(step * size / workspace))
         band = math.ceil(p / (bands * unit)) * unit
         total = torch.empty(p, component.q, dtype=dtype, device=self.device)
         for rows in split_rows(p, band):
             part: Tensor | None = None
             for index, stats, g in self._gate_stats(k, gate, dtype, step):
                 own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
-                found = component.distinct_adjoint(stats, own, g, rows)
-                part = found if part is None else part.add_(found)
+                part = component.form.distinct_adjoint(stats, own, g, rows, part)
             assert part is not None
             total[rows] = component.form.spread(part).flatten(1)
         return self.world.sum(total)

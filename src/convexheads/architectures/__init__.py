@@ -4,6 +4,7 @@ from convexheads.architectures import block_fno, fno, linear, mixer, mlp, self_a
 from convexheads.architectures.base import (
     ARCHITECTURES,
     Architecture,
+    Pullback,
     Stats,
     architecture_class,
     register,
@@ -12,6 +13,7 @@ from convexheads.architectures.base import (
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Pullback",
     "Stats",
     "architecture_class",
     "block_fno",

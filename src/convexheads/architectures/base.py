@@ -16,7 +16,7 @@ Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor
 from convexheads.errors import InputError, describe
 
 Stats = tuple[Tensor, ...]
+Pullback = Callable[[Tensor], Tensor]
+"""Cotangent of unit features -> cotangent of the mixing weights (m, *u_shape)."""
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
 
@@ -187,6 +189,16 @@ class Architecture:
         T = self.values(stats[0], H)
         return T.mean(2) if self.pooled else T.transpose(1, 2)
 
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        """``unit_features``, and the adjoint of their derivative in u: a cotangent of their shape -> one of u's shape.
+
+        By automatic differentiation: override where explicit products are cheaper.
+        """
+        u = u.detach().requires_grad_()
+        with torch.enable_grad():
+            T = self.unit_features(stats, u, gate)
+        return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
+
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         """``unit_features`` of the unit vectors e_rows of u's space: override where that is cheaper."""
         p = 1
@@ -212,8 +224,26 @@ class Architecture:
         """``basis_features`` without what repeats in them: (n, r, k) pooled, (n, s, r, k) token-level, r, k smaller."""
         return self.basis_features(stats, rows, gate)
 
+    @property
+    def adjoint_size(self) -> float:
+        """Numbers that :meth:`distinct_adjoint` holds for each sample where it is asked for all rows of u's space."""
+        p = 1
+        for size in self.u_shape:
+            p *= size
+        return p * self.distinct_width * (1 if self.pooled else self.tokens)
+
+    def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
+        """sum_i T_i (x) L_i of the distinct features T and rows L (n, c) or (n s, c), added to ``total``: (r, k, c)."""
+        T = self.distinct_features(stats, rows, gate)
+        r, k = T.shape[-2:]
+        T = T.reshape(-1, r * k)
+        if total is None:
+            return (T.mT @ L).view(r, k, -1)
+        total.view(r * k, -1).addmm_(T.mT, L)
+        return total
+
     def spread(self, adjoint: Tensor) -> Tensor:
-        """Numbers (r, k, c) for each of ``distinct_features`` -> (rows, k, c) for each of ``basis_features``."""
+        """What :meth:`distinct_adjoint` sums up -> (rows, k, c), the same for each of ``basis_features``."""
         return adjoint
 
     def lift(self, u: Tensor) -> Tensor:

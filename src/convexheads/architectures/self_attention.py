@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, gated_forms, register
+from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, register
 
 
 class _Square(Architecture):
@@ -57,6 +57,16 @@ class PooledLinearSelfAttention(_Pooled):
         mixed = (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d)
         return mixed @ gram
 
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        mean, gram = stats
+        m, d = u.shape[0], self.features
+
+        def pull(cotangent: Tensor) -> Tensor:
+            # G is symmetric.
+            return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
+
+        return self.unit_features(stats, u, gate), pull
+
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         mean, gram = stats
         index = torch.arange(self.features**2, device=mean.device)[rows]
@@ -65,8 +75,28 @@ class PooledLinearSelfAttention(_Pooled):
 
     def distinct_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         mean, gram = stats
-        upper = torch.cat([gram[:, k, k:] for k in range(self.features)], -1)
-        return mean[:, _whole_rows(rows, self.features), None] * upper[:, None]
+        return mean[:, _whole_rows(rows, self.features), None] * self._half(gram)[:, None]
+
+    def _half(self, gram: Tensor) -> Tensor:
+        """The upper triangles (n, d (d + 1) / 2) of symmetric matrices (n, d, d), row by row."""
+        return torch.cat([gram[:, k, k:] for k in range(self.features)], -1)
+
+    @property
+    def adjoint_size(self) -> float:
+        return self.features * (self.distinct_width + self.outputs)
+
+    def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
+        # One wide product G^T (xbar (x) L) instead of a narrow one with all of xbar (x) G: (k, r, c).
+        mean, gram = stats
+        own = (mean[:, _whole_rows(rows, self.features), None] * L[:, None]).flatten(1)
+        half = self._half(gram)
+        if total is None:
+            return (half.mT @ own).view(half.shape[1], -1, L.shape[1])
+        total.view(half.shape[1], -1).addmm_(half.mT, own)
+        return total
+
+    def spread(self, adjoint: Tensor) -> Tensor:
+        return super().spread(adjoint.transpose(0, 1))
 
 
 class PooledGatedSelfAttention(_Pooled):

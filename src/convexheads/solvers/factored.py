@@ -51,8 +51,8 @@ WORTH_TRIMMING = 0.8
 """... so that at most this share of the units is left."""
 PATIENCE = 4
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
-RECENT = 5
-"""Iterations over which the decrease of the objective is taken to foresee the gap."""
+LIKELY = 1.2
+"""A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
 IDLE = 1e-2
 """Units are idle if together they carry less than this share of the gap."""
 COLLAPSED = 1e-9
@@ -438,18 +438,15 @@ class Factored:
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = 0.8 * self.tol
         next_check, latest, built_at = 0, 0, -REBUILD
-        last_gap, last_decrease = math.inf, None
+        last_gap, last_norm = math.inf, 0.0
         values: list[float] = []
         stalls, stalled = 0, False
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            decrease = values[-1 - RECENT] - values[-1] if len(values) > RECENT else None
-            if last_decrease is None:
-                last_decrease = decrease
-            if self.n_iter >= latest or (
-                self.n_iter >= next_check and self.likely(last_gap, last_decrease, decrease) <= 1.5 * target
-            ):
-                current = shapes.like(optimiser.x)
+            due = self.n_iter >= min(next_check, latest)
+            x, norm = optimiser.steadied() if due else (optimiser.x, 0.0)
+            if due and (self.n_iter >= latest or norm * last_gap <= LIKELY * target * last_norm):
+                current = shapes.like(x)
                 bound, pairs = self.estimate(current)
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
@@ -477,7 +474,7 @@ class Factored:
                     values.clear()
                 next_check = self.n_iter + self.spacing(shapes)
                 latest = self.n_iter + PATIENCE * self.spacing(shapes)
-                last_gap, last_decrease = bound.relative_gap, None
+                last_gap, last_norm = bound.relative_gap, norm
             if self.n_iter >= self.max_iter:
                 break
             if self.n_iter - built_at >= REBUILD:
@@ -500,7 +497,7 @@ class Factored:
             elif stalls > 5:
                 message = "no further decrease could be found in float64"
                 break
-        return self.finish(shapes.like(optimiser.x), message)
+        return self.finish(shapes.like(optimiser.steadied()[0]), message)
 
     def first_guess(self, counts: list[int]) -> Factors:
         """Random units, brought near the optimum by epochs of Adam where there are many samples."""
@@ -567,16 +564,6 @@ class Factored:
             chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
             units.append(join_units(small, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen))))
         return Factors(units, factors.intercept)
-
-    @staticmethod
-    def likely(gap: float, before: float | None, now: float | None) -> float:
-        """The relative gap to expect from the one last seen and the decreases of the objective then and now.
-
-        The gap is first order in the error of the dual point, the objective second order.
-        """
-        if before is None or now is None or before <= 0:
-            return math.inf
-        return gap * math.sqrt(max(0.0, now) / before)
 
     def spacing(self, factors: Factors) -> int:
         """Iterations until the next check at the earliest, so that they cost as much as it does.
@@ -645,9 +632,8 @@ class Factored:
         optimiser, shapes = self.optimiser(after, old.x.dtype)
         kept = [len(new.v) >= len(was.v) for new, was in zip(after.units, before.units, strict=True)]
         if all(kept) and self.max_rank is None:
-            optimiser.pairs.extend(
-                (_padded(before.like(s), after), _padded(before.like(y), after), rho) for s, y, rho in old.pairs
-            )
+            for s, y in old.pairs:
+                optimiser.pairs.append(_padded(before.like(s), after), _padded(before.like(y), after))
         return optimiser, shapes
 
     def trim(self, optimiser: LBFGS, factors: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
@@ -661,11 +647,11 @@ class Factored:
         if kept > WORTH_TRIMMING * total:
             return None
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
-        for s, y, _ in optimiser.pairs:
+        for s, y in optimiser.pairs:
             step, change = (turned(factors.like(vector), maps).flat() for vector in (s, y))
             curvature = float(step @ change)
             if curvature > 1e-10 * float(step.norm() * change.norm()):
-                smaller.pairs.append((step, change, 1.0 / curvature))
+                smaller.pairs.append(step, change)
         return smaller, shapes
 
     def finish(self, factors: Factors, message: str, gap: float | None = None) -> Solution:

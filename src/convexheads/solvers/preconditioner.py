@@ -27,8 +27,10 @@ FULL_SIZE = 768
 GROUP_SIZE = 1024
 SAMPLES = 1024
 """Samples that moments are taken over."""
-ROWS_PER_COLUMN = 24
-"""Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
+COMBINATIONS = 3
+"""Random combinations of the rows of a sample's gradient that stand for all of them."""
+ROWS_PER_COLUMN = 6
+"""Such combinations that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
 
 
 def group_size(problem: Problem, columns: int) -> int:
@@ -85,7 +87,7 @@ class Preconditioner:
         # Drawn for the samples of all workers, so that each sample has the same noise wherever it is.
         noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
         with torch.no_grad():
-            self._build(problem, factors, Samples(index, place, len(sample), Y, a, noise.to(problem.device)), dtype)
+            self._build(problem, factors, Samples(index, place, len(sample), Y, a, noise.to(problem.device)), dtype, generator)
 
     @staticmethod
     def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
@@ -99,6 +101,7 @@ class Preconditioner:
         factors: Factors,
         samples: Samples,
         dtype: torch.dtype,
+        generator: torch.Generator,
     ) -> None:
         step = problem.chunk_rows(max(1, factors.n_units))
         feature_moments = [
@@ -107,11 +110,11 @@ class Preconditioner:
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
         u_blocks = [
-            None if units.u is None or not len(units.u) else UBlocks(problem, k, units)
+            None if units.u is None or not len(units.u) else UBlocks(problem, k, units, samples.count, generator)
             for k, units in enumerate(factors.units)
         ]
         rows_per_sample = samples.targets[..., 0].numel() // max(1, len(samples.targets))
-        strides = [1 if blocks is None else blocks.stride(samples.count) for blocks in u_blocks]
+        strides = [1 if blocks is None else blocks.stride for blocks in u_blocks]
         for part in split_rows(len(samples.index), step):
             stats = problem.stats_of(samples.index[part], dtype)
             targets, weights = samples.targets[part], samples.weights[part]
@@ -131,7 +134,8 @@ class Preconditioner:
                 if blocks is not None:
                     chosen = (samples.place[part] % stride == 0).nonzero()[:, 0].to(E.device)
                     thin = tuple(t[chosen] for t in stat)
-                    blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen] * stride)
+                    signs = blocks.signs[samples.place[part][chosen.cpu()]].to(E.device, dtype)
+                    blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen] * stride, signs)
         hessian = problem.world.sum(hessian) / rows_per_sample
         feature_moments = [problem.world.sum_all(moments) for moments in feature_moments]
         self.v_inverses = []
@@ -174,9 +178,14 @@ class Preconditioner:
 
 
 class UBlocks:
-    """The u part of the preconditioner for one component, over groups of units."""
+    """The u part of the preconditioner for one component, over groups of units.
 
-    def __init__(self, problem: Problem, k: int, units: Units) -> None:
+    With G (a, b m) the gradient of one sample in a group's u, the Kronecker factors are the means of G G^T and of
+    G^T G. The latter is taken from a few combinations r^T G with random signs r, for which E[r r^T] is the identity:
+    the rows of one sample resemble each other, so that more samples tell more than more of their rows.
+    """
+
+    def __init__(self, problem: Problem, k: int, units: Units, samples: int, generator: torch.Generator) -> None:
         self.component = problem.components[k]
         self.elements = 16 * WORKSPACE
         if problem.budget.limit is not None:
@@ -201,16 +210,15 @@ class UBlocks:
         else:
             self.left = [like.new_zeros(a, a) for _ in self.groups]
             self.right = [like.new_zeros(b * (g.stop - g.start), b * (g.stop - g.start)) for g in self.groups]
-
-    def stride(self, samples: int) -> int:
-        """Every how many samples suffice for the Kronecker factors."""
-        if self.full:
-            return 1
+        count = min(COMBINATIONS, a)
+        # Every how many samples suffice.
         columns = max(len(right) for right in self.right)
-        return max(1, samples // max(64, ROWS_PER_COLUMN * columns // self.shape[0]))
+        self.stride = 1 if self.full else max(1, samples // max(64, ROWS_PER_COLUMN * columns // count))
+        # Drawn for all samples, as noise is.
+        self.signs = torch.randint(0, 2, (samples, count, a), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
-    def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor) -> None:
-        """Add the second moments of these samples' gradients; residuals E (samples, tokens, c)."""
+    def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor, signs: Tensor) -> None:
+        """Add the second moments of these samples' gradients; residuals E (samples, tokens, c), signs (samples, r, a)."""
         form, v, gate, u0 = self.component.form, units.v, units.gate, units.u
         assert u0 is not None
 
@@ -237,8 +245,8 @@ class UBlocks:
                 own = G[:, group].transpose(1, 2).flatten(2)
                 wide = own.transpose(0, 1).flatten(1)
                 left += wide @ wide.mT
-                tall = own.flatten(0, 1)
-                right += tall.mT @ tall
+                tall = (signs[i : i + rows] @ own).flatten(0, 1)
+                right += tall.mT @ (tall / signs.shape[1])
 
     def share(self, problem: Problem) -> None:
         """Take the moments of the other workers' samples in."""
