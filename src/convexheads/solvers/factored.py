@@ -18,9 +18,10 @@ from torch import Tensor
 
 from convexheads.architectures import Stats
 from convexheads.certificate import (
+    SMALLEST,
     Certificate,
-    certify_factors,
-    dual_point,
+    DualPoint,
+    certify_refitted,
     penalty,
     refit_intercept,
     rescaled_bound,
@@ -51,6 +52,8 @@ WORTH_TRIMMING = 0.8
 """... so that at most this share of the units is left."""
 PATIENCE = 4
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
+RIDGE_REPORTS = 5
+"""Iterations between two entries of the history of a head of ridge branches only, whose gap needs no search."""
 RECENT = 5
 """Iterations over which the decrease of the objective is taken to foresee the gap."""
 IDLE = 1e-2
@@ -320,14 +323,29 @@ class Factored:
         """Gap with singular values from below (never a claim), and the singular pairs above beta."""
         problem = self.problem
         refitted, O = self.refit(factors)
-        targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
-        primal = problem.loss.value(O, targets, weights) + penalty(problem, refitted)
-        L = dual_point(problem, O)
-        sigma, pairs, ridge = self.subspace.top_pairs(L.to(problem.dtype), size, rounds, 0.03 * self.tol)
+        point = DualPoint.at(problem, O)
+        primal = point.loss + penalty(problem, refitted)
+        sigma, pairs, ridge = self.subspace.top_pairs(point.L.to(problem.dtype), size, rounds, 0.03 * self.tol)
         bound = rescaled_bound(
-            problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
+            problem, point, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
         )
         return bound, pairs
+
+    def foreseen(self, optimiser: LBFGS, shapes: Factors) -> Certificate | None:
+        """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone; else None.
+
+        At the best intercept the gap is sum_h ||gradient_h||^2 / (2 beta w_h) exactly, and L-BFGS keeps next to it.
+        """
+        problem, primal = self.problem, optimiser.value
+        if any(not component.ridge for component in problem.components):
+            return None
+        gap = sum(
+            float(units.v.double().square().sum()) / (2.0 * problem.penalty_weight(component))
+            for component, units in zip(problem.components, shapes.like(optimiser.gradient).units, strict=True)
+        )
+        relative = gap / primal if primal > SMALLEST else math.inf
+        none = Interval(0.0, 0.0, "estimate", False)
+        return Certificate(primal, primal - gap, gap, relative, none, False, problem.beta, 1.0)
 
     def refit(self, factors: Factors) -> tuple[Factors, Tensor]:
         """Intercept solved for outputs in the iteration's dtype."""
@@ -446,11 +464,16 @@ class Factored:
             decrease = values[-1 - RECENT] - values[-1] if len(values) > RECENT else None
             if last_decrease is None:
                 last_decrease = decrease
-            if self.n_iter >= latest or (
-                self.n_iter >= next_check and self.likely(last_gap, last_decrease, decrease) <= 1.5 * target
-            ):
+            foreseen = self.foreseen(optimiser, shapes)
+            if foreseen is not None:
+                due = foreseen.relative_gap <= target or self.n_iter % RIDGE_REPORTS == 0
+            else:
+                due = self.n_iter >= latest or (
+                    self.n_iter >= next_check and self.likely(last_gap, last_decrease, decrease) <= 1.5 * target
+                )
+            if due:
                 current = shapes.like(optimiser.x)
-                bound, pairs = self.estimate(current)
+                bound, pairs = self.estimate(current) if foreseen is None else (foreseen, [])
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.finish(current, "the relative gap reached tol", bound.relative_gap)
@@ -658,7 +681,7 @@ class Factored:
         maps = principal_units(self.problem, factors, spare)
         kept = sum(len(own) for own in maps if own is not None)
         total = sum(own.shape[1] for own in maps if own is not None)
-        if kept > WORTH_TRIMMING * total:
+        if not total or kept > WORTH_TRIMMING * total:
             return None
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
         for s, y, _ in optimiser.pairs:
@@ -675,6 +698,26 @@ class Factored:
         """
         problem = self.problem
         self.n_proofs += 1
+        if factors.n_units:
+            factors, certificate = self.slim(factors, gap)
+        elif not self.proves:
+            factors, _ = refit_intercept(problem, factors)
+            certificate = self.estimate(factors.to(problem.dtype))[0]
+        if self.proves:
+            factors, certificate = certify_refitted(problem, factors)
+        return Solution(
+            factors,
+            certificate,
+            self.history,
+            self.n_iter,
+            certificate.relative_gap <= self.tol,
+            message,
+            {"proofs": self.n_proofs},
+        )
+
+    def slim(self, factors: Factors, gap: float | None) -> tuple[Factors, Certificate]:
+        """Factors without as many of the smallest units as the gap allows, with an estimate of their gap."""
+        problem = self.problem
         value = abs(problem.value(factors))
         gap = self.estimate(factors)[0].relative_gap if gap is None else gap
         for share in (0.02 * self.tol, 0.05 * self.tol**2, 0.0):
@@ -683,17 +726,7 @@ class Factored:
             certificate = self.estimate(slim.to(problem.dtype))[0]
             if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * gap):
                 break
-        if self.proves:
-            certificate = certify_factors(problem, slim)
-        return Solution(
-            slim,
-            certificate,
-            self.history,
-            self.n_iter,
-            certificate.relative_gap <= self.tol,
-            message,
-            {"proofs": self.n_proofs},
-        )
+        return slim, certificate
 
 
 @register("factored")
