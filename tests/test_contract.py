@@ -384,6 +384,10 @@ def test_loss_derivatives(name: str, tokens: bool) -> None:
     assert entries.shape == O.shape[:-1]
     assert loss.value(O, Y, a) == pytest.approx(float((a * entries.reshape(len(O), -1).sum(1)).sum()), rel=1e-12)
 
+    together, gradient = loss.value_and_gradient(O, Y, a)
+    assert together == pytest.approx(loss.value(O, Y, a), rel=1e-12)
+    close(gradient, loss.gradient(O, Y, a))
+
     def value(x: Tensor) -> Tensor:
         return (a * loss.entry_value(x, Y).reshape(len(x), -1).sum(1)).sum()
 
@@ -527,7 +531,10 @@ def test_solutions_are_certified(heads: tuple[Case, ...], solver: str) -> None:
     assert certificate.gap == certificate.primal - certificate.dual
     assert certificate.sigma_max.lower <= certificate.sigma_max.upper
     assert certificate.beta == problem.beta
-    assert certificate == certify_factors(problem, solution.factors)
+    again = certify_factors(problem, solution.factors)
+    assert again.certified
+    assert again.primal == pytest.approx(certificate.primal, rel=1e-12)
+    assert again.dual == pytest.approx(certificate.dual, rel=1e-10)
     # The network: the units' weight decay is the nuclear norm, so the network attains the convex optimum.
     assert problem.value(solution.factors, torch.float64) == pytest.approx(certificate.primal, rel=1e-9)
     assert problem.weight_decay(solution.factors) == pytest.approx(penalty(problem, solution.factors), rel=1e-9)

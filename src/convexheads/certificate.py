@@ -24,6 +24,8 @@ from convexheads.types import Factors, Interval
 
 SMALLEST = 1e-300
 """Objectives below this are zero: what is left of constant targets, say."""
+UNSCALED = 0.1
+"""Share of the gap that a search along the ray must be able to close to be worth its passes over the samples."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,47 @@ def penalty(problem: Problem, factors: Factors) -> float:
     return total
 
 
-def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float, evaluations: int = 25) -> tuple[float, float]:
+@dataclass(frozen=True)
+class DualPoint:
+    """L = gradient of f at outputs O, of their shape; with f(O) and <L, O>, which give f*(L) = <L, O> - f(O) exactly.
+
+    That is Fenchel and Young's equality: it saves a pass over the conjugates of the samples.
+    """
+
+    L: Tensor
+    loss: float
+    inner: float
+
+    @classmethod
+    def at(cls, problem: Problem, O: Tensor) -> DualPoint:
+        """The dual point of outputs O."""
+        targets, weights = problem.targets_of(slice(0, problem.n), O.dtype)
+        loss, L = problem.loss.value_and_gradient(O, targets, weights)
+        return cls(L, loss, problem.world.total(float(L.reshape(-1).double() @ O.reshape(-1).double())))
+
+
+def dual_value(
+    problem: Problem, L: Tensor, upper: float, ridge: float, evaluations: int = 25, known: DualPoint | None = None
+) -> tuple[float, float]:
     """Largest value of the dual on the ray alpha L: (value, alpha).
 
     ``upper`` bounds the feasible alpha of the nuclear blocks, ``ridge`` is sum_h ||A_h^* L||_F^2 / (2 beta w_h).
-    Every alpha gives a valid bound; more ``evaluations`` give a better one.
+    Every alpha gives a valid bound; more ``evaluations`` give a better one. ``known`` is what is known of L where it is
+    the gradient at some outputs.
     """
     targets, weights = problem.targets_of(slice(0, problem.n), L.dtype)
-    # Stay inside the domain of the conjugate: on its border rounding could step outside.
-    upper = min(upper, problem.loss.max_scale(L, targets, weights) * (1 - 1e-12), 2.0)
-    upper = max(upper, 0.0)
 
     def value(alpha: float) -> float:
         return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
 
-    # Concave along the ray: still rising next to the end means that the end is best, as it is near an optimum.
+    # Concave along the ray, of slope -<L, O> - 2 ridge at alpha = 1, where L is in the domain of the conjugate.
+    if known is not None and upper <= 1.0 and -known.inner - 2.0 * ridge >= 0:
+        return (known.loss - known.inner - ridge, 1.0) if upper == 1.0 else (value(max(0.0, upper)), max(0.0, upper))
+    # Stay inside the domain of the conjugate: on its border rounding could step outside.
+    upper = min(upper, problem.loss.max_scale(L, targets, weights) * (1 - 1e-12), 2.0)
+    upper = max(upper, 0.0)
+
+    # Still rising next to the end means that the end is best, as it is near an optimum.
     last = value(upper)
     if last >= value(upper * (1 - 1e-4)):
         return last, upper
@@ -105,19 +133,36 @@ def dual_value(problem: Problem, L: Tensor, upper: float, ridge: float, evaluati
     return max([*candidates, (last, upper)])
 
 
+def unscaled_value(known: DualPoint, upper: float, ridge: float, primal: float) -> float | None:
+    """Value of the dual at alpha = 1, where no other alpha can close more than a part of the gap; else None.
+
+    The ridge terms make the dual strongly concave along the ray: with slope t at alpha = 1 and curvature -2 ridge or
+    below, it rises by at most t^2 / (4 ridge).
+    """
+    value = known.loss - known.inner - ridge
+    slope = -known.inner - 2.0 * ridge
+    if upper < 1.0 or not slope**2 <= 4.0 * ridge * UNSCALED * (primal - value):
+        return None
+    return value
+
+
 def rescaled_bound(
     problem: Problem,
-    O: Tensor,
-    L: Tensor,
+    L: Tensor | DualPoint,
     sigma: Interval,
     ridge: float,
     primal: float,
     intercept: Tensor | None,
     evaluations: int = 25,
 ) -> Certificate:
-    """The certificate from outputs, dual point and a bound on its largest singular value."""
+    """The certificate from a dual point and a bound on its largest singular value."""
+    known, L = (L, L.L) if isinstance(L, DualPoint) else (None, L)
     upper = problem.beta / sigma.upper if sigma.upper > 0 else math.inf
-    value, alpha = dual_value(problem, L, upper, ridge, evaluations)
+    unscaled = None if known is None else unscaled_value(known, upper, ridge, primal)
+    if unscaled is None:
+        value, alpha = dual_value(problem, L, upper, ridge, evaluations, known)
+    else:
+        value, alpha = unscaled, 1.0
     if intercept is not None:
         # What rounding leaves of sum_i L_i = 0 costs at most its product with the best intercept.
         rest = float(problem.world.sum(L.reshape(-1, problem.outputs).sum(0)).norm())
@@ -131,8 +176,7 @@ def rescaled_bound(
 
 def dual_point(problem: Problem, O: Tensor) -> Tensor:
     """L = gradient of the loss at outputs O, shape of O."""
-    targets, weights = problem.targets_of(slice(0, problem.n), O.dtype)
-    return problem.loss.gradient(O, targets, weights)
+    return DualPoint.at(problem, O).L
 
 
 def bound_sigma(problem: Problem, L: Tensor) -> tuple[Interval, float]:
@@ -178,13 +222,22 @@ def certify_factors(problem: Problem, factors: Factors, network: bool = False) -
     factors = factors.to(torch.float64)
     refitted, O = refit_intercept(problem, factors)
     targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
+    point = DualPoint.at(problem, O)
     if network:
         primal = problem.value(factors, torch.float64)
+    elif factors.intercept is None or refitted.intercept is None:
+        primal = point.loss + penalty(problem, factors)
     else:
-        shift = O
-        if factors.intercept is not None and refitted.intercept is not None:
-            shift = O - refitted.intercept + factors.intercept
+        shift = O - refitted.intercept + factors.intercept
         primal = problem.loss.value(shift, targets, weights) + penalty(problem, factors)
-    L = dual_point(problem, O)
-    sigma, ridge = bound_sigma(problem, L)
-    return rescaled_bound(problem, O, L, sigma, ridge, primal, refitted.intercept)
+    sigma, ridge = bound_sigma(problem, point.L)
+    return rescaled_bound(problem, point, sigma, ridge, primal, refitted.intercept)
+
+
+def certify_refitted(problem: Problem, factors: Factors) -> tuple[Factors, Certificate]:
+    """Factors with the intercept solved to optimality, and their certificate in the convex program."""
+    refitted, O = refit_intercept(problem, factors)
+    point = DualPoint.at(problem, O)
+    primal = point.loss + penalty(problem, refitted)
+    sigma, ridge = bound_sigma(problem, point.L)
+    return refitted, rescaled_bound(problem, point, sigma, ridge, primal, refitted.intercept)

@@ -39,6 +39,11 @@ def _expand(weights: Tensor, outputs: Tensor) -> Tensor:
     return weights.to(outputs.dtype).reshape(-1, *[1] * (outputs.ndim - 1))
 
 
+def _weighted_sum(entries: Tensor, weights: Tensor) -> float:
+    """sum_i a_i of the entries (n,) or (n, s), in float64."""
+    return float(entries.double().reshape(len(entries), -1).sum(1) @ weights.double())
+
+
 class Loss(ABC):
     """A convex loss of the outputs of one token or one pooled sample, weighted and summed."""
 
@@ -78,12 +83,22 @@ class Loss(ABC):
 
     def value(self, O: Tensor, Y: Tensor, a: Tensor) -> float:
         """f(O), summed in float64 whatever the dtype of ``O``."""
-        entries = self.entry_value(O, Y).double()
-        return float((entries.reshape(len(entries), -1).sum(1) * a.double()).sum())
+        return _weighted_sum(self.entry_value(O, Y), a)
 
     def gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         """Gradient of f, shape of ``O``."""
         return self.entry_gradient(O, Y) * _expand(a, O)
+
+    def value_and_gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> tuple[float, Tensor]:
+        """f(O) and its gradient; losses whose value and gradient have work in common do it once."""
+        return self.value(O, Y, a), self.gradient(O, Y, a)
+
+    def best_constant(self, mean: Tensor) -> Tensor | None:
+        """The b (c,) that minimises f(1 b^T) for targets of weighted mean ``mean`` (c,).
+
+        None where no finite b does, or where a loss has no closed form to start from.
+        """
+        return None
 
     def hessian_product(self, O: Tensor, Y: Tensor, a: Tensor, D: Tensor) -> Tensor:
         """Hessian of f at ``O`` times ``D``, shape of ``O``."""
@@ -92,10 +107,10 @@ class Loss(ABC):
     def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         """f*(L) = sum_i a_i l*(L_i / a_i); samples of weight zero must have L_i = 0."""
         used = a > 0
-        weights = a[used].to(L.dtype)
-        G = self.entry_project(L[used] / _expand(weights, L), Y[used])
-        entries = self.entry_conjugate(G, Y[used])
-        return float((entries.reshape(len(entries), -1).sum(1) * weights).sum())
+        if not bool(used.all()):
+            L, Y, a = L[used], Y[used], a[used]
+        G = self.entry_project(L / _expand(a, L), Y)
+        return _weighted_sum(self.entry_conjugate(G, Y), a)
 
     def max_scale(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         """Largest alpha with alpha L in the domain of f*."""
@@ -114,10 +129,19 @@ class CrossEntropy(Loss):
     name = "cross_entropy"
 
     def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
-        return torch.logsumexp(O, -1) - (Y * O).sum(-1)
+        # Targets sum to one: this is logsumexp(o) - <t, o> without its cancellation.
+        return -torch.linalg.vecdot(Y, torch.log_softmax(O, -1))
 
     def entry_gradient(self, O: Tensor, Y: Tensor) -> Tensor:
         return torch.softmax(O, -1) - Y
+
+    def value_and_gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> tuple[float, Tensor]:
+        log_p = torch.log_softmax(O, -1)
+        value = _weighted_sum(-torch.linalg.vecdot(Y, log_p), a)
+        return value, log_p.exp_().sub_(Y).mul_(_expand(a, O))
+
+    def best_constant(self, mean: Tensor) -> Tensor | None:
+        return mean.log() if bool((mean > 0).all()) else None
 
     def entry_hessian_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
         p = torch.softmax(O, -1)
@@ -172,6 +196,9 @@ class Squared(Loss):
         total = float(a.double().sum()) * tokens
         return total * torch.eye(O.shape[-1], dtype=O.dtype, device=O.device)
 
+    def best_constant(self, mean: Tensor) -> Tensor | None:
+        return mean
+
     def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
         return (0.5 * G * G + G * Y).sum(-1)
 
@@ -206,6 +233,9 @@ class MultiLabelLogistic(Loss):
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         p = torch.sigmoid(O)
         return torch.diag((p * (1 - p) * _expand(a, O)).reshape(-1, O.shape[-1]).sum(0))
+
+    def best_constant(self, mean: Tensor) -> Tensor | None:
+        return mean.logit() if bool(((mean > 0) & (mean < 1)).all()) else None
 
     def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
         r = (G + Y).clamp(0.0, 1.0)
@@ -251,11 +281,18 @@ class SharedLoss(Loss):
     def entry_project(self, G: Tensor, Y: Tensor) -> Tensor:
         return self.own.entry_project(G, Y)
 
+    def best_constant(self, mean: Tensor) -> Tensor | None:
+        return self.own.best_constant(mean)
+
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         return self.world.sum(self.own.mean_hessian(O, Y, a))
 
     def value(self, O: Tensor, Y: Tensor, a: Tensor) -> float:
         return self.world.total(self.own.value(O, Y, a))
+
+    def value_and_gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> tuple[float, Tensor]:
+        value, gradient = self.own.value_and_gradient(O, Y, a)
+        return self.world.total(value), gradient
 
     def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         return self.world.total(self.own.conjugate(L, Y, a))

@@ -41,6 +41,8 @@ GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take mo
 GAMMA_SAMPLES = 256  # samples a chunk there
 
 
+ROUNDING = 1e-13
+"""Largest sum of a dual point that is taken for rounding."""
 TRIM_CHUNKS = 16
 """Chunks after which freed memory goes back to the system, where it is limited."""
 
@@ -104,6 +106,7 @@ class Problem:
         self.spill = self.device.type == "cpu"
         self._cache: dict[torch.dtype, list[tuple[KeptRows, ...]] | None] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._null: dict[str, Tensor] = {}  # of the empty head, which no beta and no component changes
 
     @property
     def outputs(self) -> int:
@@ -291,8 +294,8 @@ class Problem:
             for component, each, units in zip(self.components, stats, factors.units, strict=True)
         ]
         O = self.combine(factors, [T for T, _ in parts], targets.shape[:-1])
-        loss = self.own_loss.value(O, targets, weights)
-        L = self.own_loss.gradient(O, targets, weights).reshape(-1, self.outputs)
+        loss, L = self.own_loss.value_and_gradient(O, targets, weights)
+        L = L.reshape(-1, self.outputs)
         for component, units, (T, pull), g in zip(self.components, factors.units, parts, gradient.units, strict=True):
             self._pull(component, units, T, pull, L, g)
         if gradient.intercept is not None:
@@ -335,21 +338,27 @@ class Problem:
 
     # Intercept --------------------------------------------------------------------------------------------
 
-    def best_intercept(self, O: Tensor, start: Tensor | None = None) -> Tensor:
+    def best_intercept(self, O: Tensor, start: Tensor | None = None, accuracy: float | None = None) -> Tensor:
         """The b in R^c that minimises f(O + 1 b^T), by Newton's method with step halving.
 
         O (n, c) or (n, s, c) outputs without intercept. Flat directions (softmax does not see a common shift) are
-        left alone by the pseudo-inverse.
+        left alone by the pseudo-inverse. Ends where no entry of the gradient with respect to b, sum_i L_i, is above
+        ``accuracy``; None: where it is rounding, and another step no longer halves it.
         """
         targets, weights = self.targets_of(slice(0, self.n), O.dtype)
-        b = torch.zeros(self.outputs, dtype=O.dtype, device=O.device) if start is None else start.to(O.dtype)
         axes = tuple(range(O.ndim - 1))
-        value = self.loss.value(O + b, targets, weights)
+
+        def evaluate(b: Tensor) -> tuple[float, Tensor]:
+            value, L = self.loss.value_and_gradient(O + b, targets, weights)
+            return value, self.world.sum(L.sum(axes))
+
+        b = torch.zeros(self.outputs, dtype=O.dtype, device=O.device) if start is None else start.to(O.dtype)
+        value, gradient = evaluate(b)
         best = math.inf
         for _ in range(60):
-            gradient = self.world.sum(self.loss.gradient(O + b, targets, weights).sum(axes))
             size = float(gradient.abs().max())
-            if size == 0.0 or (size < 1e-13 and size >= 0.5 * best):
+            done = size < ROUNDING and size >= 0.5 * best if accuracy is None else size <= accuracy
+            if size == 0.0 or done:
                 break
             best = min(best, size)
             hessian = self.loss.mean_hessian(O + b, targets, weights)
@@ -357,7 +366,7 @@ class Problem:
             scale = 1.0
             while scale > 1e-8:
                 trial = b - scale * step
-                new = self.loss.value(O + trial, targets, weights)
+                new, gradient = evaluate(trial)
                 if new <= value + 1e-15 * abs(value):
                     b, value = trial, new
                     break
@@ -371,12 +380,25 @@ class Problem:
         O = torch.zeros(self.targets.shape, dtype=torch.float64, device=self.device)
         if not self.fit_intercept:
             return O, None
-        b = self.best_intercept(O)
+        if "intercept" not in self._null:
+            self._null["intercept"] = self.best_intercept(O, *self._best_constant())
+        b = self._null["intercept"]
         return O + b, b
+
+    def _best_constant(self) -> tuple[Tensor | None, float | None]:
+        """The best constant in closed form, where there is one, and how far Newton goes from there."""
+        rows = self.targets.reshape(self.local, -1, self.outputs)
+        sums = self.world.sum(torch.cat([self.weights @ rows.sum(1), self.weights.sum()[None]]))
+        found = self.loss.best_constant(sums[:-1] / (sums[-1] * rows.shape[1]))
+        return found, None if found is None else ROUNDING
 
     def null_loss(self) -> float:
         """The loss of the empty head."""
-        return self.loss.value(self.null_outputs()[0], *self.targets_of(slice(0, self.n), torch.float64))
+        if "loss" not in self._null:
+            O, _ = self.null_outputs()
+            value = self.loss.value(O, *self.targets_of(slice(0, self.n), torch.float64))
+            self._null["loss"] = torch.tensor(value, dtype=torch.float64)
+        return float(self._null["loss"])
 
     # Adjoints ---------------------------------------------------------------------------------------------
 

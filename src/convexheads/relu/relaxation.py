@@ -304,5 +304,5 @@ def _evaluate(
             methods.add(found.method)
     ridge = sum(float(np.square(T.T @ point[:, outputs]).sum()) / (2 * bound) for T, bound, outputs in ridges)
     sigma = Interval(lower, upper, ", ".join(sorted(methods)), proved)
-    bound = rescaled_bound(program, L, L, sigma, ridge, math.inf, factors.intercept)
+    bound = rescaled_bound(program, L, sigma, ridge, math.inf, factors.intercept)
     return LowerBound(bound.dual, bound.certified, sigma)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from convexheads.architectures import Stats
 from convexheads.certificate import (
+    SMALLEST,
     Certificate,
-    certify_factors,
-    dual_point,
+    DualPoint,
+    certify_refitted,
     penalty,
     refit_intercept,
     rescaled_bound,
@@ -51,8 +52,14 @@ WORTH_TRIMMING = 0.8
 """... so that at most this share of the units is left."""
 PATIENCE = 4
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
+TARGET = 0.94
+"""Share of the tolerance that the gap must be estimated below before a proof is tried."""
+ROUGH = 0.1
+"""Precision of an estimate as a share of the gap at the one before."""
 LIKELY = 1.2
 """A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
+RIDGE_REPORTS = 5
+"""Iterations between two entries of the history of a head of ridge branches only, whose gap needs no search."""
 IDLE = 1e-2
 """Units are idle if together they carry less than this share of the gap."""
 COLLAPSED = 1e-9
@@ -316,18 +323,37 @@ class Factored:
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
-    def estimate(self, factors: Factors, size: int = 6, rounds: int = 12) -> tuple[Certificate, list[SingularPair]]:
-        """Gap with singular values from below (never a claim), and the singular pairs above beta."""
+    def estimate(
+        self, factors: Factors, size: int = 6, rounds: int = 12, precision: float | None = None
+    ) -> tuple[Certificate, list[SingularPair]]:
+        """Gap with singular values from below (never a claim), and the singular pairs above beta.
+
+        ``precision`` is the relative gap that matters; default: the tolerance.
+        """
         problem = self.problem
         refitted, O = self.refit(factors)
-        targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
-        primal = problem.loss.value(O, targets, weights) + penalty(problem, refitted)
-        L = dual_point(problem, O)
-        sigma, pairs, ridge = self.subspace.top_pairs(L.to(problem.dtype), size, rounds, 0.03 * self.tol)
+        point = DualPoint.at(problem, O)
+        primal = point.loss + penalty(problem, refitted)
+        tol = 0.03 * (self.tol if precision is None else precision)
+        sigma, pairs, ridge = self.subspace.top_pairs(point.L.to(problem.dtype), size, rounds, tol)
         bound = rescaled_bound(
-            problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
+            problem, point, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
         )
         return bound, pairs
+
+    def foreseen(self, primal: float, gradient: Factors) -> Certificate:
+        """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
+
+        At the best intercept the gap is sum_h ||gradient_h||^2 / (2 beta w_h) exactly, and L-BFGS keeps next to it.
+        """
+        problem = self.problem
+        gap = sum(
+            float(units.v.double().square().sum()) / (2.0 * problem.penalty_weight(component))
+            for component, units in zip(problem.components, gradient.units, strict=True)
+        )
+        relative = gap / primal if primal > SMALLEST else math.inf
+        none = Interval(0.0, 0.0, "estimate", False)
+        return Certificate(primal, primal - gap, gap, relative, none, False, problem.beta, 1.0)
 
     def refit(self, factors: Factors) -> tuple[Factors, Tensor]:
         """Intercept solved for outputs in the iteration's dtype."""
@@ -431,23 +457,35 @@ class Factored:
                 }
             )
 
-    def run(self, factors: Factors, warm: bool = False) -> Solution:
+    def run(self, factors: Factors, warm: bool = False, cold: bool = False) -> Solution:
+        """Iterate from ``factors``: a solution of another beta (warm), a first guess (cold), or neither."""
         problem = self.problem
         if self.max_rank is not None:
             factors = largest(factors, self.max_rank)
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        target = 0.8 * self.tol
-        next_check, latest, built_at = 0, 0, -REBUILD
+        target = TARGET * self.tol
+        # The gap of a first guess says nothing.
+        earliest = latest = self.spacing(shapes) if cold else 0
+        built_at = -REBUILD
+        ridge_only = all(component.ridge for component in problem.components)
         last_gap, last_norm = math.inf, 0.0
         values: list[float] = []
         stalls, stalled = 0, False
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            due = self.n_iter >= min(next_check, latest)
-            x, norm = optimiser.steadied() if due else (optimiser.x, 0.0)
-            if due and (self.n_iter >= latest or norm * last_gap <= LIKELY * target * last_norm):
+            x, gradient = optimiser.steadied() if self.n_iter >= earliest else (optimiser.x, optimiser.gradient)
+            norm = float(gradient.norm())
+            # With ridge branches only the gap follows from the gradient.
+            foreseen = self.foreseen(optimiser.value, shapes.like(gradient)) if ridge_only else None
+            if foreseen is not None:
+                due = foreseen.relative_gap <= target or self.n_iter % RIDGE_REPORTS == 0
+            else:
+                near = norm * last_gap <= LIKELY * target * last_norm
+                due = self.n_iter >= latest or (near and self.n_iter >= earliest)
+            if due:
                 current = shapes.like(x)
-                bound, pairs = self.estimate(current)
+                rough = max(self.tol, min(0.1, ROUGH * last_gap))
+                bound, pairs = self.estimate(current, precision=rough) if foreseen is None else (foreseen, [])
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.finish(current, "the relative gap reached tol", bound.relative_gap)
@@ -470,9 +508,9 @@ class Factored:
                     grown = self.widen(current, bound, pairs)
                 if grown is not None:
                     optimiser, shapes = self.enlarge(optimiser, current, grown)
-                    built_at = -REBUILD
+                    built_at, norm = -REBUILD, float(optimiser.gradient.norm())
                     values.clear()
-                next_check = self.n_iter + self.spacing(shapes)
+                earliest = self.n_iter if ridge_only else self.n_iter + self.spacing(shapes)
                 latest = self.n_iter + PATIENCE * self.spacing(shapes)
                 last_gap, last_norm = bound.relative_gap, norm
             if self.n_iter >= self.max_iter:
@@ -644,7 +682,7 @@ class Factored:
         maps = principal_units(self.problem, factors, spare)
         kept = sum(len(own) for own in maps if own is not None)
         total = sum(own.shape[1] for own in maps if own is not None)
-        if kept > WORTH_TRIMMING * total:
+        if not total or kept > WORTH_TRIMMING * total:
             return None
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
         for s, y in optimiser.pairs:
@@ -661,6 +699,26 @@ class Factored:
         """
         problem = self.problem
         self.n_proofs += 1
+        if factors.n_units:
+            factors, certificate = self.slim(factors, gap)
+        elif not self.proves:
+            factors, _ = refit_intercept(problem, factors)
+            certificate = self.estimate(factors.to(problem.dtype))[0]
+        if self.proves:
+            factors, certificate = certify_refitted(problem, factors)
+        return Solution(
+            factors,
+            certificate,
+            self.history,
+            self.n_iter,
+            certificate.relative_gap <= self.tol,
+            message,
+            {"proofs": self.n_proofs},
+        )
+
+    def slim(self, factors: Factors, gap: float | None) -> tuple[Factors, Certificate]:
+        """Factors without as many of the smallest units as the gap allows, with an estimate of their gap."""
+        problem = self.problem
         value = abs(problem.value(factors))
         gap = self.estimate(factors)[0].relative_gap if gap is None else gap
         for share in (0.02 * self.tol, 0.05 * self.tol**2, 0.0):
@@ -669,17 +727,7 @@ class Factored:
             certificate = self.estimate(slim.to(problem.dtype))[0]
             if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * gap):
                 break
-        if self.proves:
-            certificate = certify_factors(problem, slim)
-        return Solution(
-            slim,
-            certificate,
-            self.history,
-            self.n_iter,
-            certificate.relative_gap <= self.tol,
-            message,
-            {"proofs": self.n_proofs},
-        )
+        return slim, certificate
 
 
 @register("factored")
@@ -712,7 +760,7 @@ def solve_factored(
     if init is not None and resumed:
         return state.run(init.to(problem.dtype))
     if init is None:
-        return state.run(state.first_guess(initial_units(problem, max_rank)))
+        return state.run(state.first_guess(initial_units(problem, max_rank)), cold=True)
     if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):
         return state.run(state.second_guess(init))
     return state.run(init, warm=True)

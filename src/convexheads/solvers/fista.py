@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convexheads.certificate import (
     Certificate,
+    DualPoint,
     certify_factors,
-    dual_point,
     refit_intercept,
     rescaled_bound,
 )
@@ -241,17 +241,17 @@ class Fista:
         if problem.fit_intercept:
             b = problem.best_intercept(O)
             O = O + b
-        L = dual_point(problem, O)
+        point = DualPoint.at(problem, O)
         sigma, ridge = 0.0, 0.0
-        for c, Z in zip(self.components, self.adjoint(L), strict=False):
+        for c, Z in zip(self.components, self.adjoint(point.L), strict=False):
             weight = problem.penalty_weight(c.component)
             Z = Z / c.scale[:, None, None]
             if c.ridge:
                 ridge += float(Z.square().sum()) / (2.0 * weight)
             else:
                 sigma = max(sigma, float(torch.linalg.matrix_norm(Z, 2).max()) / c.component.weight)
-        primal = self.loss(O) + penalty
-        found = rescaled_bound(problem, O, L, Interval(sigma, sigma, "estimate", False), ridge, primal, b)
+        primal = point.loss + penalty
+        found = rescaled_bound(problem, point, Interval(sigma, sigma, "estimate", False), ridge, primal, b)
         seconds = time.perf_counter() - self.start
         rank = sum(
             int((torch.linalg.svdvals(Z) > 1e-12 * Z.abs().max()).sum())

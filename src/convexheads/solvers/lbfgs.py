@@ -121,24 +121,22 @@ class LBFGS:
             return self.gradient / -max(1.0, float(self.gradient.norm()))
         return -self.inverse(self.gradient)
 
-    def steadied(self) -> tuple[Tensor, float]:
-        """The affine combination of the last iterates with the least gradient, and the norm of that gradient.
+    def steadied(self) -> tuple[Tensor, Tensor]:
+        """The affine combination of the last iterates with the least gradient, and that gradient.
 
         Gradients are combined as the iterates are: exact to first order, and iterates are near each other where it
         matters. The duality gap is of first order in the gradient, which goes up and down along the iterates of
         L-BFGS while the objective falls; the least combination is steady (Anderson 1965; minimal residual smoothing,
         Zhou and Walker 1994).
         """
-        gradients = torch.stack([gradient for _, gradient in self.recent]).double()
-        gram = (gradients @ gradients.mT).cpu().numpy()
+        places, gradients = (torch.stack(list(part)) for part in zip(*self.recent, strict=True))
+        gram = (gradients.double() @ gradients.double().mT).cpu().numpy()
         gram += 1e-10 * np.trace(gram) * np.eye(len(gram))
         if not np.trace(gram) > 0:
-            return self.x, 0.0
-        share = np.linalg.solve(gram, np.ones(len(gram)))
-        share /= share.sum()
-        x = sum(float(c) * old for c, (old, _) in zip(share, self.recent, strict=True))
-        assert isinstance(x, Tensor)
-        return x, float(np.sqrt(max(0.0, share @ gram @ share)))
+            return self.x, self.gradient
+        solved = np.linalg.solve(gram, np.ones(len(gram)))
+        share = places.new_tensor(solved / solved.sum())
+        return share @ places, share @ gradients
 
     def step(self) -> bool:
         """One iteration; False if no decrease could be found (the precision of the dtype is exhausted)."""

@@ -87,7 +87,8 @@ class Preconditioner:
         # Drawn for the samples of all workers, so that each sample has the same noise wherever it is.
         noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
         with torch.no_grad():
-            self._build(problem, factors, Samples(index, place, len(sample), Y, a, noise.to(problem.device)), dtype, generator)
+            samples = Samples(index, place, len(sample), Y, a, noise.to(problem.device))
+            self._build(problem, factors, samples, dtype, generator)
 
     @staticmethod
     def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
@@ -218,7 +219,7 @@ class UBlocks:
         self.signs = torch.randint(0, 2, (samples, count, a), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
     def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor, signs: Tensor) -> None:
-        """Add the second moments of these samples' gradients; residuals E (samples, tokens, c), signs (samples, r, a)."""
+        """Add the second moments of these samples' gradients; residuals E (samples, s, c), signs (samples, r, a)."""
         form, v, gate, u0 = self.component.form, units.v, units.gate, units.u
         assert u0 is not None
 
