@@ -35,7 +35,7 @@ from convexheads.spectral import balanced_factors
 from convexheads.subspace import BlockSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
-REBUILD = 20
+REBUILD = 30
 """Iterations between two preconditioners."""
 WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
@@ -488,7 +488,7 @@ class Factored:
                 bound, pairs = self.estimate(current, precision=rough) if foreseen is None else (foreseen, [])
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
-                    solution = self.finish(current, "the relative gap reached tol", bound.relative_gap)
+                    solution = self.finish(current, "the relative gap reached tol", bound)
                     if solution.converged:
                         return solution
                     # The estimate was too low, by this factor: ask for that much more before the next proof.
@@ -692,20 +692,20 @@ class Factored:
                 smaller.pairs.append(step, change)
         return smaller, shapes
 
-    def finish(self, factors: Factors, message: str, gap: float | None = None) -> Solution:
-        """The certified solution without its smallest units; ``gap`` is the estimate with all of them, if known.
-
-        The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
-        """
+    def finish(self, factors: Factors, message: str, bound: Certificate | None = None) -> Solution:
+        """The certified solution without its smallest units; ``bound`` is the estimate with all of them, if known."""
         problem = self.problem
         self.n_proofs += 1
+        if bound is None and factors.n_units:
+            bound, _ = self.estimate(factors)
         if factors.n_units:
-            factors, certificate = self.slim(factors, gap)
-        elif not self.proves:
-            factors, _ = refit_intercept(problem, factors)
-            certificate = self.estimate(factors.to(problem.dtype))[0]
+            assert bound is not None
+            factors, bound = self.slim(factors, bound)
         if self.proves:
             factors, certificate = certify_refitted(problem, factors)
+        else:
+            factors, _ = refit_intercept(problem, factors)
+            certificate = self.estimate(factors.to(problem.dtype))[0] if bound is None else bound
         return Solution(
             factors,
             certificate,
@@ -716,16 +716,17 @@ class Factored:
             {"proofs": self.n_proofs},
         )
 
-    def slim(self, factors: Factors, gap: float | None) -> tuple[Factors, Certificate]:
-        """Factors without as many of the smallest units as the gap allows, with an estimate of their gap."""
-        problem = self.problem
-        value = abs(problem.value(factors))
-        gap = self.estimate(factors)[0].relative_gap if gap is None else gap
+    def slim(self, factors: Factors, bound: Certificate) -> tuple[Factors, Certificate]:
+        """Factors without as many of the smallest units as the gap ``bound`` allows, with an estimate of their gap.
+
+        The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
+        """
         for share in (0.02 * self.tol, 0.05 * self.tol**2, 0.0):
-            slim, _ = canonical(problem, factors.to(torch.float64), share * value)
-            slim, _ = refit_intercept(problem, slim)
-            certificate = self.estimate(slim.to(problem.dtype))[0]
-            if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * gap):
+            slim, _ = canonical(self.problem, factors.to(torch.float64), share * abs(bound.primal))
+            if slim.n_units == factors.n_units:
+                return slim, bound
+            certificate, _ = self.estimate(slim.to(self.problem.dtype))
+            if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * bound.relative_gap):
                 break
         return slim, certificate
 
