@@ -65,8 +65,8 @@ IDLE = 1e-2
 COLLAPSED = 1e-9
 """Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
-CHEAP_WORK = 2e9
-"""Floating-point operations of one evaluation up to which a head starts with all the units there can be."""
+FEW_UNITS = 24
+"""Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 FIRST_UNITS = 40
 """Units of a component to start with where not all of them are cheap, over all gates."""
 SPARE = 0.01
@@ -84,18 +84,13 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        # Products of one evaluation with all units: features, outputs and their adjoints.
-        work = 6.0 * problem.n * full * component.n_gates * (component.p + component.form.workspace + component.q)
-        count = (
-            full
-            if work <= CHEAP_WORK
-            else min(
-                full,
-                max(8, FIRST_UNITS // component.n_gates)
-                if component.p * component.form.workspace < 1e5
-                else max(4, 32 // component.n_gates),
-            )
-        )
+        if problem.n < WARMUP_SAMPLES:
+            count = max(8, FEW_UNITS // component.n_gates)
+        elif component.p * component.form.workspace < 1e5:
+            count = max(8, FIRST_UNITS // component.n_gates)
+        else:
+            count = max(4, 32 // component.n_gates)
+        count = min(full, count)
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
 
@@ -258,10 +253,6 @@ def _padded(vector: Factors, shapes: Factors) -> Tensor:
         zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
         units.append(join_units(old, zeros))
     return Factors(units, vector.intercept).flat()
-
-
-def _flat_inverse(inverse: Preconditioner, shapes: Factors) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: inverse.apply(shapes.like(gradient)).flat()
 
 
 def largest(factors: Factors, count: int) -> Factors:
@@ -518,7 +509,7 @@ class Factored:
             if self.n_iter - built_at >= REBUILD:
                 optimiser.inverse = None  # its memory goes first
                 inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
-                optimiser.set_inverse(_flat_inverse(inverse, shapes))
+                optimiser.set_inverse(inverse.apply)
                 built_at = self.n_iter
             moved = optimiser.step()
             values.append(optimiser.value)

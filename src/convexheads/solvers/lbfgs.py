@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dtrtrs
 from torch import Tensor
 
+Apply = Callable[[Tensor], Tensor]
+"""A linear map of each row of a matrix (r, number of variables)."""
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 MEMORY = 60
 STEADY = 4
@@ -69,22 +71,22 @@ class CurvaturePairs:
         held = len(self.order)
         self.products[:held, row] = (self.S[:held] @ y).double().cpu().numpy()
 
-    def direction(self, gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    def direction(self, gradient: Tensor, inverse: Apply) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from the initial one ``inverse``."""
         order, held = self.order, len(self.order)
         S, Y = self.S[:held], self.Y[:held]
-        upper = np.triu(self.products[np.ix_(order, order)])
+        upper = self.products[np.ix_(order, order)]
         curvature = upper.diagonal()
-        alpha = solve_triangular(upper, (S @ gradient).double().cpu().numpy()[order], check_finite=False)
+        # LAPACK reads the upper triangle only.
+        alpha = dtrtrs(upper, (S @ gradient).double().cpu().numpy()[order])[0]
         placed = np.empty(held)
         placed[order] = alpha
         newest = Y[order[-1]]
-        q = gradient - Y.mT @ S.new_tensor(placed)
-        scale = curvature[-1] / max(float(newest @ inverse(newest)), 1e-300)
-        r = inverse(q).mul(scale)
+        r, image = inverse(torch.stack([gradient - Y.mT @ S.new_tensor(placed), newest]))
+        r = r * (curvature[-1] / max(float(newest @ image), 1e-300))
         # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
         right = curvature * alpha - (Y @ r).double().cpu().numpy()[order]
-        placed[order] = solve_triangular(upper, right, trans="T", check_finite=False)
+        placed[order] = dtrtrs(upper, right, trans=1)[0]
         return r.addmv_(S.mT, S.new_tensor(placed)).neg_()
 
 
@@ -105,21 +107,22 @@ class LBFGS:
         self.n_evaluations = 1
         self.pairs = CurvaturePairs(x, memory)
         self.recent: deque[tuple[Tensor, Tensor]] = deque([(self.x, self.gradient)], maxlen=STEADY)
-        self.inverse: Callable[[Tensor], Tensor] | None = None
+        self.inverse: Apply | None = None
 
-    def set_inverse(self, inverse: Callable[[Tensor], Tensor]) -> None:
+    def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
         self.inverse = inverse
 
-    def _precondition(self, vector: Tensor) -> Tensor:
-        return vector.clone() if self.inverse is None else self.inverse(vector)
-
     def direction(self) -> Tensor:
         if len(self.pairs):
-            return self.pairs.direction(self.gradient, self._precondition)
+            return self.pairs.direction(self.gradient, self.inverse or torch.clone)
+        return self.steepest()
+
+    def steepest(self) -> Tensor:
+        """The direction without curvature pairs."""
         if self.inverse is None:
             return self.gradient / -max(1.0, float(self.gradient.norm()))
-        return -self.inverse(self.gradient)
+        return -self.inverse(self.gradient[None])[0]
 
     def steadied(self) -> tuple[Tensor, Tensor]:
         """The affine combination of the last iterates with the least gradient, and that gradient.
@@ -144,7 +147,7 @@ class LBFGS:
         slope = float(self.gradient @ direction)
         if not slope < 0:
             self.pairs.clear()
-            direction = -self._precondition(self.gradient)
+            direction = self.steepest()
             slope = float(self.gradient @ direction)
             if not slope < 0:
                 return False

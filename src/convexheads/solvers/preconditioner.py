@@ -52,7 +52,7 @@ class KroneckerInverse:
         self.scale = 1.0 / (outer + damping)
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Apply to ``matrix`` (a, b)."""
+        """Apply to ``matrix`` (..., a, b)."""
         inner = self.left_vectors.mT @ matrix @ self.right_vectors
         return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
 
@@ -145,6 +145,8 @@ class Preconditioner:
             damping = problem.penalty_weight(component)
             self.v_inverses.append([KroneckerInverse(moment, curvature, damping) for moment in moments])
         self.u_blocks = u_blocks
+        self.v_shapes = [units.v.shape for units in factors.units]
+        self.u_sizes = [0 if units.u is None else units.u.numel() for units in factors.units]
         for blocks, component in zip(u_blocks, problem.components, strict=True):
             if blocks is not None:
                 blocks.share(problem)
@@ -160,22 +162,31 @@ class Preconditioner:
         per = max(1, group_size(self.problem, m * k) // k)
         return [k * min(per, m - i) for i in range(0, m, per)]
 
-    def apply(self, gradient: Factors) -> Factors:
-        """Approximate inverse times ``gradient``."""
-        found = []
-        for units, inverses, blocks in zip(gradient.units, self.v_inverses, self.u_blocks, strict=True):
-            flat = units.v.flatten(0, 1)
-            sizes = [len(inverse.left_values) for inverse in inverses]
-            if not len(units.v):
-                found.append(units)
-                continue
-            v = torch.cat([inverse(part) for inverse, part in zip(inverses, flat.split(sizes), strict=True)])
-            u = None if blocks is None else blocks.apply(units.u)
-            found.append(Units(u, v.view_as(units.v), units.gate))
-        intercept = gradient.intercept
-        if intercept is not None and self.intercept_inverse is not None:
-            intercept = self.intercept_inverse @ intercept
-        return Factors(found, intercept)
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Approximate inverse times each row of ``vectors`` (r, number of variables), in the order of Factors.flat."""
+        found = torch.empty_like(vectors)
+        start = 0
+
+        def take(size: int) -> tuple[Tensor, Tensor]:
+            nonlocal start
+            part = slice(start, start + size)
+            start += size
+            return vectors[:, part], found[:, part]
+
+        for shape, u_size, inverses, blocks in zip(
+            self.v_shapes, self.u_sizes, self.v_inverses, self.u_blocks, strict=True
+        ):
+            if u_size:
+                given, into = take(u_size)
+                if blocks is not None:
+                    blocks.apply(given, into)
+            for inverse in inverses:
+                given, into = take(len(inverse.left_values) * shape[-1])
+                into.copy_(inverse(given.view(len(given), -1, shape[-1])).flatten(1))
+        if self.intercept_inverse is not None:
+            given, into = take(len(self.intercept_inverse))
+            into.copy_(given @ self.intercept_inverse)
+        return found
 
 
 class UBlocks:
@@ -265,14 +276,15 @@ class UBlocks:
             self.inverses.append(KroneckerInverse(left, right, damping))
         del self.left, self.right
 
-    def apply(self, u: Tensor | None) -> Tensor:
-        assert u is not None
+    def apply(self, vectors: Tensor, into: Tensor) -> None:
+        """Write the inverse times each row of ``vectors`` (r, m p) to ``into``."""
         if self.full:
-            return self.inverses[0](u.reshape(-1, 1)).view_as(u)
+            into.copy_(self.inverses[0](vectors[:, :, None])[..., 0])
+            return
         a, b = self.shape
-        matrix = u.reshape(len(u), a, b)
-        parts = []
+        count = len(vectors)
         for group, inverse in zip(self.groups, self.inverses, strict=True):
-            own = matrix[group].transpose(0, 1).flatten(1)
-            parts.append(inverse(own).view(a, -1, b).transpose(0, 1))
-        return torch.cat(parts).reshape(u.shape)
+            part = slice(group.start * a * b, group.stop * a * b)
+            own = vectors[:, part].view(count, -1, a, b).transpose(1, 2).flatten(2)
+            solved = inverse(own).view(count, a, -1, b).transpose(1, 2)
+            into[:, part].view(solved.shape).copy_(solved)
