@@ -410,6 +410,19 @@ class Problem:
             self._null["loss"] = torch.tensor(value, dtype=torch.float64)
         return float(self._null["loss"])
 
+    def null_gradient(self) -> Tensor:
+        """The gradient of the loss at the empty head's outputs, of their shape; zero where it is rounding.
+
+        A weight decay taken from rounding would be none.
+        """
+        O, _ = self.null_outputs()
+        targets, weights = self.targets_of(slice(0, self.n), torch.float64)
+        L = self.loss.gradient(O, targets, weights)
+        size = (O.abs() + targets.abs()).reshape(self.local, -1).sum(1) @ weights
+        noise = 8.0 * torch.finfo(torch.float64).eps
+        total, rounding = self.world.sum(torch.stack([L.abs().sum(), noise * size]))
+        return torch.zeros_like(L) if total <= rounding else L
+
     # Adjoints ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
