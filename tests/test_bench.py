@@ -221,8 +221,7 @@ def test_every_benchmark_runs(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert len(report["benchmarks"][name]["rows"]) == len(rows)
     assert report["versions"]["torch"]
     CHECKS[name](rows)
-    if name != "logistic":
-        assert list(tmp_path.glob(f"{name}*.svg"))
+    assert list(tmp_path.glob(f"{name}*.svg"))
 
 
 def same_optimum(rows: list[dict[str, str]], tol: float) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convexheads import ConvexHeadClassifier, certify, load
+from convexheads import ConvexHeadClassifier, certify, load, memory
 from convexheads.baselines import BASELINES
 from convexheads.cli import COMMANDS, build_parser, main
 from convexheads.commands import common
@@ -348,6 +348,41 @@ def test_certify(model: Path, store: Path, tmp_path: Path, run: Run) -> None:
     status, _, _ = run("certify", model, store, "--beta", 1e-4, "--json", tmp_path / "c.json")
     assert status == 0
     assert json.loads((tmp_path / "c.json").read_text())["certificate"]["relative_gap"] > 0.1
+
+
+@pytest.mark.parametrize("command", ["predict", "certify", "certify weights"])
+def test_memory_limits(
+    command: str, model: Path, store: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit is in force wherever tokens are read, and changes no result."""
+    limits = set()
+    original = TokenStore.__getitem__
+
+    def watched(self: TokenStore, index: object) -> object:
+        limits.add(memory.current().limit)
+        return original(self, index)
+
+    monkeypatch.setattr(TokenStore, "__getitem__", watched)
+    arguments: list[object] = [command, model, store]
+    if command == "certify weights":
+        rng = np.random.default_rng(0)
+        weights = {"u": 0.1 * rng.normal(size=(3, 4)), "v": 0.1 * rng.normal(size=(3, 1, 4))}
+        save_file({name: torch.from_numpy(value) for name, value in weights.items()}, tmp_path / "w.safetensors")
+        arguments = ["certify", tmp_path / "w.safetensors", store, "--head", "mlp", "--beta", 0.01, "--pca", 4]
+    found = []
+    for options in ([], ["--memory-limit", "16MB"]):
+        limits.clear()
+        status, _, err = run(*arguments, *options, "--json", tmp_path / "out.json")
+        assert status == 0, err
+        assert limits == ({16 * 10**6} if options else {None})
+        result = json.loads((tmp_path / "out.json").read_text())
+        found.append(
+            result["certificate"]["dual"] if "certificate" in result else result["predictions"][7]["probability"]
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    status, _, err = run(*arguments, "--memory-limit", "4 apples")
+    assert status == 2
+    assert "4 apples" in err
 
 
 # compare -----------------------------------------------------------------------------------------------------

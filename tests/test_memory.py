@@ -189,6 +189,5 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     assert limited["added"] <= 32 * MB
     assert limited["objective"] == pytest.approx(free["objective"], rel=2e-2)
     assert max(limited["dual"], free["dual"]) <= min(limited["objective"], free["objective"])
-    # Processor time: other processes do not count. Small chunks cost three to four times as much as large ones
-    # here; what this guards against is a pass over the disk for every product.
-    assert limited["seconds"] <= 8 * free["seconds"]
+    # Processor time: other processes do not count. Smaller chunks and statistics read from a file cost a quarter here.
+    assert limited["seconds"] <= 2.5 * free["seconds"]

@@ -21,6 +21,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from convexheads import memory
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import DataError, InputError, describe
 from convexheads.gates import ACTIVATIONS
@@ -153,7 +154,7 @@ def certify(
         factors.intercept is not None,
         torch.float64,
         "cpu" if device is None else device,
-        CACHE_BYTES,
+        min(CACHE_BYTES, memory.current().cache),
     )
     for component in problem.components:
         if component.gates is not None:

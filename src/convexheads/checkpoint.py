@@ -181,7 +181,7 @@ class Checkpoint:
             with safe_open(str(self.path), framework="pt") as opened:
                 header = json.loads((opened.metadata() or {})[KEY])
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            there, version = header["problem"], header["format"]
+            there, version, _ = header["problem"], header["format"], dict(header["state"])
             parts = [f"units.{k}.v" in arrays for k in range(header["components"])]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(

@@ -195,7 +195,9 @@ class _ConvexHeadEstimator(BaseEstimator):
             rows.append(own)
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
         size = max(len(targets) * int(np.prod(own.shape[1:])) for own in rows)
-        dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= 1e-6 else torch.float64
+        # What float32 can tell: the gap of ridge branches is their gradient's, that of others a small difference.
+        finest = 1e-10 if all(component.ridge for component in components) else 1e-6
+        dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= finest else torch.float64
         problem = Problem(
             components,
             rows,

@@ -212,6 +212,10 @@ class Problem:
         workspace = min(WORKSPACE, self.budget.workspace)
         return max(1 if limited else 16, min(8192, workspace // max(1, work)))
 
+    def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
+        """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them."""
+        return self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None)
+
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
         """Statistics of some samples for every component."""
         whole = self._cached_stats(dtype) if cached else None
@@ -232,8 +236,7 @@ class Problem:
         return index[place] - self.start, place
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        fresh = not cached or self._cached_stats(dtype) is None
-        for done, index in enumerate(split_rows(self.local, self.chunk_rows(n_units, fresh)), 1):
+        for done, index in enumerate(split_rows(self.local, self.pass_rows(dtype, n_units, cached)), 1):
             yield index, self.stats_of(index, dtype, cached)
             if self.budget.limit is not None and (done % TRIM_CHUNKS == 0 or index.stop == self.local):
                 memory.trim()
@@ -399,6 +402,19 @@ class Problem:
             value = self.loss.value(O, *self.targets_of(slice(0, self.n), torch.float64))
             self._null["loss"] = torch.tensor(value, dtype=torch.float64)
         return float(self._null["loss"])
+
+    def null_gradient(self) -> Tensor:
+        """The gradient of the loss at the empty head's outputs, of their shape; zero where it is rounding.
+
+        A weight decay taken from rounding would be none.
+        """
+        O, _ = self.null_outputs()
+        targets, weights = self.targets_of(slice(0, self.n), torch.float64)
+        L = self.loss.gradient(O, targets, weights)
+        size = (O.abs() + targets.abs()).reshape(self.local, -1).sum(1) @ weights
+        noise = 8.0 * torch.finfo(torch.float64).eps
+        total, rounding = self.world.sum(torch.stack([L.abs().sum(), noise * size]))
+        return torch.zeros_like(L) if total <= rounding else L
 
     # Adjoints ---------------------------------------------------------------------------------------------
 

@@ -217,12 +217,10 @@ def beta_max(problem: Problem) -> float:
     A head of ridge branches only has no such beta; then that of :func:`ridge_scale` is returned, which scales with
     tokens and loss as a ridge penalty does.
     """
-    O, _ = problem.null_outputs()
-    targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
-    L = problem.loss.gradient(O, targets, weights)
     nuclear = [k for k, component in enumerate(problem.components) if not component.ridge]
     if not nuclear:
         return max(ridge_scale(problem, k) / c.weight for k, c in enumerate(problem.components))
+    L = problem.null_gradient()
     work = sum(
         2.0 * problem.n * problem.components[k].p * problem.components[k].q * problem.components[k].n_gates
         for k in nuclear
@@ -235,8 +233,7 @@ def beta_max(problem: Problem) -> float:
 
 def branch_scale(problem: Problem, branch: int) -> float:
     """beta_max of one branch alone at weight one, the ridge scale for a ridge branch."""
-    O, _ = problem.null_outputs()
-    L = problem.loss.gradient(O, *problem.targets_of(slice(0, problem.n), torch.float64))
+    L = problem.null_gradient()
     own = [k for k, component in enumerate(problem.components) if component.branch == branch]
     return max(ridge_scale(problem, k) if problem.components[k].ridge else block_scale(problem, L, k) for k in own)
 

@@ -8,6 +8,7 @@ our solver is asked for.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from convexheads.bench.common import Ratio, Result, Settings, TokenSource, row, timed, warm_up
+from convexheads.bench.common import Curve, Ratio, Result, Settings, TokenSource, curve, row, timed, warm_up
 from convexheads.bench.independent import ridge_gradient
 from convexheads.bench.problems import one_hot
 from convexheads.estimators import ConvexHeadClassifier
@@ -109,11 +110,25 @@ def _quotient(
     settings.say(f"logistic: ours, {name}, to a gradient norm of {theirs['gradient_norm']:.1e} ...")
     gap = max(1e-12, theirs["relative_gap"])
     own, head = timed(partial(_fit_ours, X.astype(np.float32), labels, gap, settings.seed), settings.repeats)
-    ours = values(head.blocks_[0].Z, head.intercept_)
-    result.rows.append(row(name, f"ours, to that of {dtype}, tol {tol:g}", own, None, iterations=head.n_iter_) | ours)
+    ours, method = values(head.blocks_[0].Z, head.intercept_), f"ours, to that of {dtype}, tol {tol:g}"
+    result.rows.append(row(name, method, own, None, iterations=head.n_iter_) | ours)
+    curves = result.curves.setdefault(name, {})
+    curves[peer] = _last(theirs, timing.median)
+    curves[method] = _course(head.history_, ours, own.median)
     if ours["gradient_norm"] > 1.01 * theirs["gradient_norm"]:
         result.rows[-1]["note"] = "not at the gradient norm asked for"
     return timing.median / own.median
+
+
+def _last(reached: Mapping[str, float], seconds: float) -> Curve:
+    """The one point of a method that tells nothing of its course."""
+    return {"objective": [reached["objective"]], "gap": [reached["relative_gap"]], "seconds": [seconds]}
+
+
+def _course(history: Mapping[str, Sequence[float]], reached: Mapping[str, float], seconds: float) -> Curve:
+    """The course of a solve, with what was computed anew as its last point."""
+    before, end = curve(history), _last(reached, seconds)
+    return {key: before[key] + end[key] for key in end}
 
 
 def _name(X: np.ndarray, Y: np.ndarray) -> str:

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--beta", type=common.positive, help="weight decay of the objective (default: the model's)")
     common.add_output(parser, "the certificate", csv_too=False)
+    common.add_memory_limit(parser, "the certificate")
     parser.add_argument("--threads", type=common.count, metavar="N", help="processor threads (default: all)")
     group = parser.add_argument_group("weights trained elsewhere")
     group.add_argument("--head", choices=common.HEADS, help="architecture that the weights belong to")
@@ -61,12 +62,16 @@ def run(args: argparse.Namespace) -> int:
     ConvexHeadsError
         If the model or the tokens cannot be used, or do not belong together.
     """
+    from convexheads.memory import limited
+
     output = common.Output(args.json)
     tokens = common.open_tokens(args.store, "train")
     labels = tokens.require_labels()
     common.set_threads(args.threads)
     watch = common.Stopwatch()
-    certificate, model = of_model(args, tokens, labels) if is_model(args.model) else of_weights(args, tokens, labels)
+    with limited(args.memory_limit):
+        of = of_model if is_model(args.model) else of_weights
+        certificate, model = of(args, tokens, labels)
     output.print(f"beta            {certificate.beta:.6g}")
     for line in certificate_lines(certificate):
         output.print(line)
@@ -103,6 +108,7 @@ def of_weights(args: argparse.Namespace, tokens: common.Tokens, labels: Any) -> 
 
     from convexheads import certify
     from convexheads.certification import read_weights
+    from convexheads.inputs import shown
 
     weights = read_weights(args.model)
     for option in ("head", "beta"):
@@ -110,7 +116,7 @@ def of_weights(args: argparse.Namespace, tokens: common.Tokens, labels: Any) -> 
             got = f"{args.model}, a file of weights, without --{option}"
             raise InputError(describe(got, f"--{option} of the network that they belong to"))
     view, grid = common.Preprocessing.from_args(args).chain(tokens)
-    X = np.asarray(tokens.X[:]) if view is None else view.fit(tokens.X).transform(tokens.X)
+    X = tokens.X if view is None else shown(view.fit(tokens.X), tokens.X)
     certificate = certify(
         weights, X, labels, args.beta, "cross_entropy", head=args.head, activation=args.activation,
         grid=(grid if args.grid == "auto" else args.grid) if args.head in ("fno", "block_fno") else None,

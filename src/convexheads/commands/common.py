@@ -418,15 +418,20 @@ def add_computation(parser: argparse.ArgumentParser, *, tol: float = 1e-3) -> No
         default="float32",
         help="of iterations and model; certificates always use float64 (default: %(default)s)",
     )
-    group.add_argument(
+    add_memory_limit(group, "a fit")
+    group.add_argument("--threads", type=count, metavar="N", help="processor threads (default: all)")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def add_memory_limit(parser: argparse._ActionsContainer, work: str) -> None:
+    """Declare ``--memory-limit`` for what ``work`` names."""
+    parser.add_argument(
         "--memory-limit",
         type=bytes_option,
         metavar="BYTES",
-        help="what a fit may add to the memory of the process, such as 4GB; more goes to a temporary file beside the "
+        help=f"what {work} may add to the memory of the process, such as 4GB; more goes to a temporary file beside the "
         "tokens (default: no limit)",
     )
-    group.add_argument("--threads", type=count, metavar="N", help="processor threads (default: all)")
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 TRAINING = ("learning_rates", "epochs", "batch_size", "units", "seeds")

@@ -19,6 +19,7 @@ _EPILOG = """\
 examples:
   convexheads predict head.safetensors tokens/photos/test --out predictions.csv
   convexheads predict head.safetensors tokens/new --json - | less
+  convexheads predict head.safetensors tokens/huge --memory-limit 1GB --out predictions.csv
 
 columns of the CSV file:
   row, label, probability, name (where the store names its classes), top1 ... top5, probability1 ..., and
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", "--csv", dest="csv", metavar="FILE", help="write predictions as CSV, - for stdout")
     parser.add_argument("--json", metavar="FILE", help="write accuracies and predictions as JSON, - for stdout")
     parser.add_argument("--device", metavar="NAME", help="cpu (default), auto, cuda, ...")
+    common.add_memory_limit(parser, "the prediction")
     parser.add_argument("--threads", type=common.count, metavar="N", help="processor threads (default: all)")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
 
@@ -88,13 +90,18 @@ def run(args: argparse.Namespace) -> int:
     """
     import numpy as np
 
+    from convexheads.memory import limited
+
     output = common.Output(args.json, args.csv)
     tokens = common.open_tokens(args.store, "test")
     model = load_model(args.model, tokens)
     model.device = args.device
     common.set_threads(args.threads)
     watch = common.Stopwatch()
-    probabilities = model.predict_proba(tokens.X)
+    if args.memory_limit is not None:
+        model.memory_limit = args.memory_limit
+    with limited(model.memory_limit):
+        probabilities = model.predict_proba(tokens.X)
     seconds = watch.seconds
     classes = np.asarray(model.classes_)
     k = min(5, len(classes))

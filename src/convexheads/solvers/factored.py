@@ -60,6 +60,8 @@ LIKELY = 1.2
 """A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
 RIDGE_REPORTS = 5
 """Iterations between two entries of the history of a head of ridge branches only, whose gap needs no search."""
+RIDGE_PATIENCE = 30
+"""Iterations without a smaller gap after which such a head goes on in float64."""
 IDLE = 1e-2
 """Units are idle if together they carry less than this share of the gap."""
 COLLAPSED = 1e-9
@@ -310,6 +312,7 @@ class Factored:
         self.start = time.perf_counter()
         self.n_iter = 0
         self.n_proofs = 0
+        self.least_gap, self.least_at = math.inf, 0
         self.subspace = BlockSubspace(problem, self.generator)
 
     # Estimates between proofs -----------------------------------------------------------------------------
@@ -345,6 +348,14 @@ class Factored:
         relative = gap / primal if primal > SMALLEST else math.inf
         none = Interval(0.0, 0.0, "estimate", False)
         return Certificate(primal, primal - gap, gap, relative, none, False, problem.beta, 1.0)
+
+    def exhausted(self, optimiser: LBFGS, foreseen: Certificate | None) -> bool:
+        """Whether the foreseen gap has not fallen any more in float32: its noise is larger then."""
+        if foreseen is None or optimiser.x.dtype != torch.float32:
+            return False
+        if foreseen.gap < self.least_gap:
+            self.least_gap, self.least_at = foreseen.gap, self.n_iter
+        return self.n_iter - self.least_at >= RIDGE_PATIENCE
 
     def refit(self, factors: Factors) -> tuple[Factors, Tensor]:
         """Intercept solved for outputs in the iteration's dtype."""
@@ -514,7 +525,7 @@ class Factored:
             moved = optimiser.step()
             values.append(optimiser.value)
             self.n_iter += 1
-            if moved:
+            if moved and not self.exhausted(optimiser, foreseen):
                 continue
             stalls, stalled = stalls + 1, True
             latest, built_at = self.n_iter, -REBUILD
