@@ -51,12 +51,41 @@ class PooledGatedMLP(_Perceptron):
         return stats[0][:, gate, rows, None]
 
 
+class SingleTokenGatedMLP(_Perceptron):
+    """One token a sample: masks are kept beside x instead of a masked copy of x for every gate.
+
+    All units take one product then, and what is kept is P + d numbers a sample instead of P d.
+    """
+
+    name = "mlp"
+
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        assert gates is not None
+        masks = MLP(self.tokens, self.features, self.outputs).masks(X, gates)
+        return (X[:, 0], masks[..., 0].to(X.dtype))
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        x, masks = stats
+        return ((x @ u.mT) * masks.index_select(1, gate))[..., None]
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        x, masks = stats
+        assert gate is not None
+        return (x[:, rows] * masks[:, gate, None])[..., None]
+
+
 @register
 class MLP(_Perceptron):
     """The definition: hidden = X w1 (s), values = hidden."""
 
     name = "mlp"
     reductions = {("linear", True): PooledLinearMLP, ("gated_relu", True): PooledGatedMLP}
+
+    def form(self, activation: str) -> Architecture:
+        if self.pooled and self.tokens == 1 and activation == "gated_relu":
+            return SingleTokenGatedMLP(self.tokens, self.features, self.outputs)
+        return super().form(activation)
 
     def hidden(self, X: Tensor, u: Tensor) -> Tensor:
         return (X @ u.mT).mT
