@@ -37,6 +37,7 @@ class PooledGatedMLP(_Perceptron):
     """The mean over rows of diag(M) X w1 w2^T is (xbar_g^T w1) w2^T, xbar_g the mean of the selected tokens."""
 
     name = "mlp"
+    joint = True
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         assert gates is not None
@@ -50,6 +51,10 @@ class PooledGatedMLP(_Perceptron):
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, gate, rows, None]
 
+    def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
+        selected = stats[0]
+        return (selected.flatten(1).mT @ L).view(*selected.shape[1:], -1)
+
 
 class SingleTokenGatedMLP(_Perceptron):
     """One token a sample: masks are kept beside x instead of a masked copy of x for every gate.
@@ -58,6 +63,7 @@ class SingleTokenGatedMLP(_Perceptron):
     """
 
     name = "mlp"
+    joint = True
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         assert gates is not None
@@ -73,6 +79,15 @@ class SingleTokenGatedMLP(_Perceptron):
         x, masks = stats
         assert gate is not None
         return (x[:, rows] * masks[:, gate, None])[..., None]
+
+    def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
+        x, masks = stats
+        n, (P, d, c) = len(x), (masks.shape[1], x.shape[1], L.shape[1])
+        if c > d:
+            # The masks go to the smaller factor.
+            return ((masks[..., None] * x[:, None]).view(n, P * d).mT @ L).view(P, d, c)
+        masked = (masks[..., None] * L[:, None]).view(n, P * c)
+        return (x.mT @ masked).view(d, P, c).transpose(0, 1)
 
 
 @register
