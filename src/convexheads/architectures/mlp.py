@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from convexheads.architectures.base import Architecture, Stats, features_by_gate, register
@@ -73,7 +74,12 @@ class SingleTokenGatedMLP(_Perceptron):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         x, masks = stats
-        return ((x @ u.mT) * masks.index_select(1, gate))[..., None]
+        H, P = x @ u.mT, masks.shape[1]
+        each = len(gate) // P
+        if torch.equal(gate, torch.arange(P, device=gate.device).repeat_interleave(each)):
+            # As many units for every gate: the masks serve as they are.
+            return (H.view(-1, P, each) * masks[..., None]).view(-1, len(gate), 1)
+        return (H * masks.index_select(1, gate))[..., None]
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         x, masks = stats

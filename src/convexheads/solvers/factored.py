@@ -38,6 +38,8 @@ REBUILD = 20
 """Iterations between two preconditioners."""
 WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
+WARMUP_WORK = 2e8
+"""Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
 WARMUP_STEPS = 400
 """Mini-batches of the warm-up, within 4 to 16 epochs."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
@@ -91,6 +93,15 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
         )
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
+
+
+def quick(problem: Problem, counts: list[int]) -> bool:
+    """Whether a whole-batch evaluation costs little more than one on a mini-batch; ``counts`` units a gate."""
+    work = sum(
+        6.0 * problem.n * count * c.n_gates * (c.form.unit_work + c.q)
+        for count, c in zip(counts, problem.components, strict=True)
+    )
+    return problem.n < WARMUP_SAMPLES or work <= WARMUP_WORK
 
 
 def random_factors(problem: Problem, counts: list[int], generator: torch.Generator, dtype: torch.dtype) -> Factors:
@@ -506,7 +517,7 @@ class Factored:
         """Random units, brought near the optimum by epochs of Adam where there are many samples."""
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
-        if problem.n < WARMUP_SAMPLES or not start.n_units:
+        if quick(problem, counts) or not start.n_units:
             return start
         norm = start_scale(problem, start.n_units)
 
