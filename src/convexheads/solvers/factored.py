@@ -29,6 +29,7 @@ from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
+from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.warmup import BATCH, adam_epochs
 from convexheads.spectral import balanced_factors
 from convexheads.subspace import BlockSubspace, SingularPair
@@ -234,6 +235,11 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
 def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
     """The gates of some units, or None where there are no gates."""
     return None if gate is None else gate[index]
+
+
+def none(units: Units) -> Units:
+    """No unit of these."""
+    return Units(None if units.u is None else units.u[:0], units.v[:0], pick_gates(units.gate, torch.arange(0)))
 
 
 def join_units(first: Units, second: Units) -> Units:
@@ -518,7 +524,7 @@ class Factored:
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
         if quick(problem, counts) or not start.n_units:
-            return start
+            return self.vector_guess(Factors([none(units) for units in start.units], start.intercept)) or start
         norm = start_scale(problem, start.n_units)
 
         def scale(k: int) -> float:
@@ -527,6 +533,13 @@ class Factored:
         epochs = min(16, max(4, round(WARMUP_STEPS * BATCH / problem.n)))
         found = adam_epochs(problem, start, scale, epochs, self.generator)
         return self.resize(found, counts)
+
+    def vector_guess(self, start: Factors) -> Factors | None:
+        """Where blocks are vectors, those that proximal steps arrive at; None elsewhere and for the empty head."""
+        if self.max_rank is not None or not has_vector_blocks(self.problem):
+            return None
+        found = proximal_start(self.problem, start)
+        return found if found.n_units else None
 
     def second_guess(self, init: Factors) -> Factors:
         """A warm start with as many small random units again, brought near the optimum in the same way."""
