@@ -475,7 +475,10 @@ class Problem:
         """Gamma_g of all gates: (P, p, q)."""
         component = self.components[k]
         total = torch.zeros(component.n_gates, component.p, component.q, dtype=dtype, device=self.device)
-        step = max(1, min(WORKSPACE, self._gamma_workspace()) // (component.n_gates * component.p))
+        kept = dtype == self.dtype and self._cached_stats(dtype) is not None
+        # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
+        numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
+        step = max(1, min(WORKSPACE, self._gamma_workspace()) // numbers)
         for index, stats, _ in self._gate_stats(k, None, dtype, step):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.form.joint_adjoint(stats, own)
