@@ -27,8 +27,13 @@ FULL_SIZE = 768
 GROUP_SIZE = 1024
 SAMPLES = 1024
 """Samples that moments are taken over."""
+MOST_SAMPLES = 4096
+"""The same where they cost little: gradients of ``CHEAP_NUMBERS`` at most in all."""
+CHEAP_NUMBERS = 2**23
 ROWS_PER_COLUMN = 24
-"""Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
+"""Rows that a Kronecker factor of u is estimated from, per column: more cost time and change little ..."""
+CHEAP_ROWS = 2**20
+"""... but where gradients of more samples hold no more numbers than this, they are taken."""
 
 
 def group_size(problem: Problem, columns: int) -> int:
@@ -77,7 +82,7 @@ class Preconditioner:
     def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
-        sample = self._sample(problem, generator)
+        sample = self._sample(problem, factors, generator)
         index, place = problem.own_samples(sample)
         Y, a = problem.targets_of(index, dtype)
         total = problem.world.sum(a.sum()).clamp_min(torch.finfo(dtype).tiny)
@@ -88,10 +93,12 @@ class Preconditioner:
             self._build(problem, factors, Samples(index, place, len(sample), Y, a, noise.to(problem.device)), dtype)
 
     @staticmethod
-    def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
-        if problem.n <= SAMPLES:
+    def _sample(problem: Problem, factors: Factors, generator: torch.Generator) -> Tensor:
+        numbers = max((units.u.numel() for units in factors.units if units.u is not None), default=1)
+        count = min(MOST_SAMPLES, max(SAMPLES, CHEAP_NUMBERS // max(1, numbers)))
+        if problem.n <= count:
             return torch.arange(problem.n)
-        return torch.randperm(problem.n, generator=generator)[:SAMPLES].sort().values
+        return torch.randperm(problem.n, generator=generator)[:count].sort().values
 
     def _build(
         self,
@@ -188,6 +195,7 @@ class UBlocks:
             )
         assert units.u is not None
         m, p = len(units.u), self.component.p
+        self.numbers = max(1, m * p)
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
         most = group_size(problem, m * b)
@@ -207,7 +215,8 @@ class UBlocks:
         if self.full:
             return 1
         columns = max(len(right) for right in self.right)
-        return max(1, samples // max(64, ROWS_PER_COLUMN * columns // self.shape[0]))
+        rows = max(64, ROWS_PER_COLUMN * columns // self.shape[0], CHEAP_ROWS // self.numbers)
+        return max(1, samples // rows)
 
     def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor) -> None:
         """Add the second moments of these samples' gradients; residuals E (samples, tokens, c)."""
