@@ -456,9 +456,7 @@ class Problem:
             total[rows] = component.form.spread(part).flatten(1)
         return self.world.sum(total)
 
-    def gammas(
-        self, L: Tensor, k: int, dtype: torch.dtype = torch.float64
-    ) -> Iterator[tuple[int | None, Tensor]]:
+    def gammas(self, L: Tensor, k: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int | None, Tensor]]:
         """Every gate of component ``k`` with its :meth:`gamma`; in one pass where the form shares the gates' work."""
         component = self.components[k]
         if not component.form.joint or component.n_gates * component.p * component.q > self._gamma_workspace():

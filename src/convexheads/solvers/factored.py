@@ -237,8 +237,8 @@ def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
     return None if gate is None else gate[index]
 
 
-def none(units: Units) -> Units:
-    """No unit of these."""
+def no_units(units: Units) -> Units:
+    """None of these units."""
     return Units(None if units.u is None else units.u[:0], units.v[:0], pick_gates(units.gate, torch.arange(0)))
 
 
@@ -524,7 +524,7 @@ class Factored:
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
         if quick(problem, counts) or not start.n_units:
-            return self.vector_guess(Factors([none(units) for units in start.units], start.intercept)) or start
+            return self.vector_guess(Factors([no_units(units) for units in start.units], start.intercept)) or start
         norm = start_scale(problem, start.n_units)
 
         def scale(k: int) -> float:
@@ -549,6 +549,9 @@ class Factored:
             0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
             for c, units in zip(problem.components, init.units, strict=True)
         ]
+        found = self.vector_guess(init) if quick(problem, counts) else None
+        if found is not None:
+            return found
         fresh = random_factors(problem, [max(1, n) for n in counts], self.generator, problem.dtype)
         units = []
         for component, old, new in zip(problem.components, init.units, fresh.units, strict=True):

@@ -28,6 +28,8 @@ SETTLED = 1e-3
 """Share of the first step's length at which the steps end."""
 RELAXED, RAISED = 0.95, 1.25
 """Factors on the curvature from one iteration to the next, and where it proves too small."""
+ROUNDING = 1e-12
+"""Relative error of a value of the loss."""
 
 
 def has_vector_blocks(problem: Problem) -> bool:
@@ -97,60 +99,88 @@ class VectorBlocks:
         parts = []
         for units, shape in zip(factors.units, self.shapes, strict=True):
             assert units.u is not None
-            gate = torch.zeros(len(units.v), dtype=torch.long, device=units.v.device)
-            gate = gate if units.gate is None else units.gate
+            gate = units.gate
+            if gate is None:
+                gate = torch.zeros(len(units.v), dtype=torch.long, device=units.v.device)
             products = units.u.flatten(1) * units.v.flatten(1)
             parts.append(products.new_zeros(shape[0], products.shape[1]).index_add_(0, gate, products).flatten())
         return torch.cat(parts).to(self.problem.dtype)
 
 
+class ProximalSteps:
+    """FISTA on the blocks of one problem, the intercept at its optimum throughout."""
+
+    def __init__(self, problem: Problem, intercept: Tensor | None) -> None:
+        self.problem, self.b = problem, intercept
+        self.blocks = VectorBlocks(problem)
+        self.targets, self.weights = problem.targets_of(slice(0, problem.n), torch.float64)
+        self.curvature = 0.0
+
+    def centred(self, O: Tensor) -> Tensor:
+        """Outputs with the best intercept, which is kept."""
+        if not self.problem.fit_intercept:
+            return O
+        self.b = self.problem.best_intercept(O, self.b)
+        return O + self.b
+
+    def value(self, O: Tensor) -> float:
+        """The loss at outputs without intercept."""
+        return self.problem.loss.value(self.centred(O), self.targets, self.weights)
+
+    def first_curvature(self, centre: Tensor, gradient: Tensor) -> float:
+        """The curvature along the gradient: a guess at the largest one, from below."""
+        moved = self.blocks.forward(gradient)
+        image = self.problem.loss.hessian_product(centre, self.targets, self.weights, moved)
+        return float(self.blocks.adjoint(image).norm() / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny))
+
+    def step(self, y: Tensor, O: Tensor) -> tuple[Tensor, Tensor] | None:
+        """One proximal step from blocks y with outputs O: blocks and outputs; None where the loss is flat.
+
+        The loss may rise above its tangent by curvature / 2 times the squared length of the step. It is compared in
+        terms of outputs, in float64, where nothing is lost to the rounding of the gradient.
+        """
+        centre = self.centred(O)
+        L = dual_point(self.problem, centre)
+        value = self.problem.loss.value(centre, self.targets, self.weights)
+        gradient = self.blocks.adjoint(L)
+        self.curvature = RELAXED * (self.curvature or self.first_curvature(centre, gradient))
+        if not self.curvature > 0.0:
+            return None
+        while True:
+            new = self.blocks.shrunk(y - gradient / self.curvature, 1.0 / self.curvature)
+            moved = self.blocks.forward(new)
+            rise = self.value(moved) - value - self.problem.world.total(float((L * (moved - O)).sum()))
+            allowed = 0.5 * self.curvature * float((new - y).double().square().sum())
+            if not rise > allowed + ROUNDING * abs(value):
+                return new, moved
+            self.curvature *= RAISED
+
+    def run(self, x: Tensor) -> Factors:
+        """At most ``STEPS`` steps from blocks x; balanced units."""
+        y, momentum, longest = x, 1.0, 0.0
+        Ox = Oy = self.blocks.forward(x)
+        for _ in range(STEPS):
+            found = self.step(y, Oy)
+            if found is None:
+                break
+            new, O = found
+            if float((y - new) @ (new - x)) > 0:
+                momentum = 1.0
+            length = float((new - y).norm()) * self.curvature
+            grown = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum * momentum))
+            ahead = (momentum - 1.0) / grown
+            y, Oy = new + ahead * (new - x), O + ahead * (O - Ox)
+            x, Ox, momentum, longest = new, O, grown, max(longest, length)
+            if length <= SETTLED * longest:
+                break
+        self.centred(Ox)
+        return self.blocks.balanced(x, self.b)
+
+
 def proximal_start(problem: Problem, start: Factors) -> Factors:
-    """Blocks near the optimum, one balanced unit for each that is not zero; from ``start`` without or with units.
+    """Blocks near the optimum, one balanced unit for each that is not zero; from ``start`` with or without units.
 
     ``problem`` must have vector blocks: see :func:`has_vector_blocks`.
     """
-    blocks = VectorBlocks(problem)
-    targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
-
-    def centred(O: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Outputs with the best intercept, and that intercept."""
-        if not problem.fit_intercept:
-            return O, None
-        b = problem.best_intercept(O, b)
-        return O + b, b
-
-    x = y = blocks.vector(start)
-    O = Oy = blocks.forward(x)
-    b = start.intercept
-    momentum, curvature, first = 1.0, 0.0, 0.0
-    for _ in range(STEPS):
-        centre, b = centred(Oy, b)
-        L = dual_point(problem, centre)
-        value = problem.loss.value(centre, targets, weights)
-        gradient = blocks.adjoint(L)
-        if curvature == 0.0:
-            # Along the gradient: a first guess from below.
-            moved = problem.loss.hessian_product(centre, targets, weights, blocks.forward(gradient))
-            curvature = float(blocks.adjoint(moved).norm() / gradient.norm().clamp_min(torch.finfo(x.dtype).tiny))
-            if not curvature > 0.0:
-                break
-        curvature *= RELAXED
-        while True:
-            new = blocks.shrunk(y - gradient / curvature, 1.0 / curvature)
-            On = blocks.forward(new)
-            length = float((new - y).double().square().sum())
-            slope = problem.world.total(float((L * (On - Oy)).sum()))
-            rise = problem.loss.value(centred(On, b)[0], targets, weights) - value - slope
-            if rise <= 0.5 * curvature * length + 1e-12 * abs(value):
-                break
-            curvature *= RAISED
-        if float((y - new) @ (new - x)) > 0:
-            momentum = 1.0
-        grown = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum * momentum))
-        ahead = (momentum - 1.0) / grown
-        y, Oy, x, O, momentum = new + ahead * (new - x), On + ahead * (On - O), new, On, grown
-        size = math.sqrt(length) * curvature
-        first = max(first, size)
-        if size <= SETTLED * first:
-            break
-    return blocks.balanced(x, centred(O, b)[1])
+    steps = ProximalSteps(problem, start.intercept)
+    return steps.run(steps.blocks.vector(start))
