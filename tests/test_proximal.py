@@ -148,6 +148,28 @@ def test_solvers_agree_on_vectors(case: Case) -> None:
     assert values[0] == pytest.approx(values[1], rel=2e-7)
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1e-3), (1e-3, 1.0), (1.0, 1.0)])
+def test_sums_of_vectors(scales: tuple[float, float]) -> None:
+    """A branch of small tokens has no block in use, and nothing minds."""
+    heads = (replace(VECTORS[0], n=80), replace(VECTORS[2], n=80))
+    found = make_setting(*heads).problem
+    for tokens, scale in zip(found.tokens, scales, strict=True):
+        tokens *= scale
+    found = found.with_beta(0.1 * beta_max(found))
+    assert has_vector_blocks(found)
+    solutions = [solver_function(name)(found, tol=1e-7, max_iter=20_000) for name in ("factored", "fista")]
+    assert all(solution.converged for solution in solutions)
+    assert solutions[0].certificate.primal == pytest.approx(solutions[1].certificate.primal, rel=2e-7)
+
+
+def test_targets_of_zero() -> None:
+    found = make_setting(VECTORS[0]).problem
+    found.targets.zero_()
+    solution = solver_function("factored")(found.with_beta(0.1), tol=1e-6)
+    assert solution.converged
+    assert solution.certificate.primal == pytest.approx(0.0, abs=1e-12)
+
+
 def test_a_warm_start_of_vectors() -> None:
     found = vector_problem(replace(VECTORS[0], n=1200), 0.1)
     solve = solver_function("factored")

@@ -79,7 +79,7 @@ def test_largest_singular_value(name: str, shape: tuple[int, int]) -> None:
     sigma = true_sigma(gamma)
     found = largest_singular_value(gamma)
     assert found.proved
-    assert found.method == "cholesky"
+    assert found.method == ("cholesky" if min(shape) > 1 else "norm")
     assert found.upper >= sigma
     assert found.lower <= sigma * (1 + 1e-12)
     # Tight: a fraction of the gap that anybody asks for, even where hundreds of singular values are equal.

@@ -225,7 +225,9 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
         if old.u is None or rows is None:
             units.append(old)
             continue
-        gate = None if old.gate is None else old.gate[rows.abs().argmax(1)]
+        gate = old.gate
+        if gate is not None:
+            gate = gate[rows.abs().argmax(1)] if rows.numel() else gate[:0]
         u = (rows @ old.u.flatten(1)).view(len(rows), *old.u.shape[1:])
         v = (rows @ old.v.flatten(1)).view(len(rows), *old.v.shape[1:])
         units.append(Units(u, v, gate))
