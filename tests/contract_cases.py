@@ -129,6 +129,10 @@ class Case:
         parts = [self.head, self.activation, "pooled" if self.pooled else "tokens"]
         if self.grid is not None:
             parts.append(f"{self.grid[0]}x{self.grid[1]}")
+        if self.s == 1:
+            parts.append("one-token")
+        if self.c == 1:
+            parts.append("one-output")
         if self.loss != "squared":
             parts.append(self.loss)
         return "-".join(parts)
@@ -153,7 +157,10 @@ def cases(**changes: Any) -> Iterator[Case]:
                     yield replace(Case(name, activation, pooled, grid, blocks), **changes)
 
 
-CASES = list(cases())
+CASES = [
+    *cases(),
+    Case("mlp", "gated_relu", s=1, d=5),  # a form of its own
+]
 SMALL = [case for case in CASES if case.pooled and case.grid is None]
 """One case a head and activation."""
 

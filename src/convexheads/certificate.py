@@ -185,8 +185,7 @@ def bound_sigma(problem: Problem, L: Tensor) -> tuple[Interval, float]:
     methods: set[str] = set()
     proved = True
     for k, component in enumerate(problem.components):
-        for gate in problem.gates_of(k):
-            gamma = problem.gamma(L, k, gate)
+        for _, gamma in problem.gammas(L, k):
             if component.ridge:
                 ridge += float(gamma.square().sum()) / (2.0 * problem.penalty_weight(component))
                 continue

@@ -37,7 +37,7 @@ from convexheads.types import Factors, Units
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 RELU_BOUNDS = ("gated", "cones")
 SMALL_PROBLEM = 500_000
-"""Numbers in the tokens below which iterations run in float64 anyway: it costs nothing there."""
+"""Numbers in the tokens, counted for every gate, below which iterations run in float64 anyway: it costs nothing."""
 TINY_PROBLEM = 5_000
 """Numbers in the tokens below which a solution within ``tol`` is polished to rounding."""
 
@@ -195,6 +195,7 @@ class _ConvexHeadEstimator(BaseEstimator):
             rows.append(own)
         components = [c for index, branch in enumerate(branches) for c in branch.components(index)]
         size = max(len(targets) * int(np.prod(own.shape[1:])) for own in rows)
+        size *= max(component.n_gates for component in components)
         # What float32 can tell: the gap of ridge branches is their gradient's, that of others a small difference.
         finest = 1e-10 if all(component.ridge for component in components) else 1e-6
         dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= finest else torch.float64

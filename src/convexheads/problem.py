@@ -477,6 +477,32 @@ class Problem:
             total[rows] = component.form.spread(part).flatten(1)
         return self.world.sum(total)
 
+    def gammas(self, L: Tensor, k: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int | None, Tensor]]:
+        """Every gate of component ``k`` with its :meth:`gamma`; in one pass where the form shares the gates' work."""
+        component = self.components[k]
+        if not component.form.joint or component.n_gates * component.p * component.q > self._gamma_workspace():
+            for gate in self.gates_of(k):
+                yield gate, self.gamma(L, k, gate, dtype)
+            return
+        yield from enumerate(self._joint_gammas(L, k, dtype))
+
+    def _gamma_workspace(self) -> int:
+        return GAMMA_WORKSPACE if self.budget.limit is None else 2 * min(WORKSPACE, self.budget.workspace)
+
+    @torch.no_grad()
+    def _joint_gammas(self, L: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        """Gamma_g of all gates: (P, p, q)."""
+        component = self.components[k]
+        total = torch.zeros(component.n_gates, component.p, component.q, dtype=dtype, device=self.device)
+        kept = dtype == self.dtype and self._cached_stats(dtype) is not None
+        # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
+        numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
+        step = max(1, min(WORKSPACE, self._gamma_workspace()) // numbers)
+        for index, stats, _ in self._gate_stats(k, None, dtype, step):
+            own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
+            total += component.form.joint_adjoint(stats, own)
+        return self.world.sum(total)
+
     def _gate_stats(
         self, k: int, gate: int | None, dtype: torch.dtype, step: int
     ) -> Iterator[tuple[slice, Stats, int | None]]:

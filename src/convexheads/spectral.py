@@ -113,6 +113,11 @@ def largest_eigenvalue(S: Tensor, size: float, inner: int) -> Interval:
 
 def _scaled_bounds(gamma: Tensor, exponent: int) -> Interval:
     """Bounds on the largest singular value of 2^-exponent Gamma."""
+    if min(gamma.shape) == 1:
+        # A vector: its norm, to rounding.
+        norm = float((gamma * 2.0**-exponent).norm())
+        slack = _gamma(gamma.numel() + 4)
+        return Interval(norm * (1.0 - slack), norm * (1.0 + slack), "norm", True)
     if min(gamma.shape) > PROOF_SIZE:
         return lanczos_bound(gamma * 2.0**-exponent)
     gram, frobenius = _gram(gamma, exponent)

@@ -103,8 +103,7 @@ class BlockSubspace:
         pairs: list[SingularPair] = []
         for k, component in enumerate(problem.components):
             bound = problem.penalty_weight(component)
-            for g in problem.gates_of(k):
-                gamma = problem.gamma(L, k, g, L.dtype)
+            for g, gamma in problem.gammas(L, k, L.dtype):
                 if component.ridge:
                     ridge += float(gamma.double().square().sum()) / (2 * bound)
                     continue
@@ -240,7 +239,7 @@ def branch_scale(problem: Problem, branch: int) -> float:
 
 def block_scale(problem: Problem, L: Tensor, k: int) -> float:
     """max_g sigma_max(A_g^* L) of one component."""
-    return max(largest_singular_value(problem.gamma(L, k, g)).lower for g in problem.gates_of(k))
+    return max(largest_singular_value(gamma).lower for _, gamma in problem.gammas(L, k))
 
 
 def ridge_scale(problem: Problem, k: int) -> float:

@@ -93,6 +93,8 @@ class Architecture:
     """True for a head without mixing weights: penalty (beta/2) ||v||_F^2 instead of a nuclear norm."""
     reductions: ClassVar[dict[tuple[str, bool], type[Architecture]]] = {}
     """(activation, pooled) -> a cheaper form with the same outputs and norms."""
+    joint: ClassVar[bool] = False
+    """True for a form with :meth:`joint_adjoint`: what its gates select shares most of the work."""
     rectified: ClassVar[bool] = False
     """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 
@@ -245,6 +247,10 @@ class Architecture:
     def spread(self, adjoint: Tensor) -> Tensor:
         """What :meth:`distinct_adjoint` sums up -> (rows, k, c), the same for each of ``basis_features``."""
         return adjoint
+
+    def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
+        """Gamma_g[e] = sum_i T_i(e)^T L_i of all gates at once, L (n, c) -> (P, p, k c); only where ``joint``."""
+        raise NotImplementedError
 
     def lift(self, u: Tensor) -> Tensor:
         """Mixing weights (m, *u_shape) of this form -> those of the plain form, same outputs and norms."""

@@ -30,6 +30,7 @@ from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
+from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.warmup import BATCH, adam_epochs
 from convexheads.spectral import balanced_factors
 from convexheads.subspace import BlockSubspace, SingularPair
@@ -39,6 +40,8 @@ REBUILD = 30
 """Iterations between two preconditioners."""
 WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
+WARMUP_WORK = 2e8
+"""Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
 WARMUP_STEPS = 400
 """Mini-batches of the warm-up, within 4 to 16 epochs."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
@@ -95,6 +98,15 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
         count = min(full, count)
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
+
+
+def quick(problem: Problem, counts: list[int]) -> bool:
+    """Whether a whole-batch evaluation costs little more than one on a mini-batch; ``counts`` units a gate."""
+    work = sum(
+        6.0 * problem.n * count * c.n_gates * (c.form.unit_work + c.q)
+        for count, c in zip(counts, problem.components, strict=True)
+    )
+    return problem.n < WARMUP_SAMPLES or work <= WARMUP_WORK
 
 
 def random_factors(problem: Problem, counts: list[int], generator: torch.Generator, dtype: torch.dtype) -> Factors:
@@ -217,7 +229,9 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
         if old.u is None or rows is None:
             units.append(old)
             continue
-        gate = None if old.gate is None else old.gate[rows.abs().argmax(1)]
+        gate = old.gate
+        if gate is not None:
+            gate = gate[rows.abs().argmax(1)] if rows.numel() else gate[:0]
         u = (rows @ old.u.flatten(1)).view(len(rows), *old.u.shape[1:])
         v = (rows @ old.v.flatten(1)).view(len(rows), *old.v.shape[1:])
         units.append(Units(u, v, gate))
@@ -227,6 +241,11 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
 def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
     """The gates of some units, or None where there are no gates."""
     return None if gate is None else gate[index]
+
+
+def no_units(units: Units) -> Units:
+    """None of these units."""
+    return Units(None if units.u is None else units.u[:0], units.v[:0], pick_gates(units.gate, torch.arange(0)))
 
 
 def join_units(first: Units, second: Units) -> Units:
@@ -543,8 +562,8 @@ class Factored:
         """Random units, brought near the optimum by epochs of Adam where there are many samples."""
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
-        if problem.n < WARMUP_SAMPLES or not start.n_units:
-            return start
+        if quick(problem, counts) or not start.n_units:
+            return self.vector_guess(Factors([no_units(units) for units in start.units], start.intercept)) or start
         norm = start_scale(problem, start.n_units)
 
         def scale(k: int) -> float:
@@ -554,6 +573,13 @@ class Factored:
         found = adam_epochs(problem, start, scale, epochs, self.generator)
         return self.resize(found, counts)
 
+    def vector_guess(self, start: Factors) -> Factors | None:
+        """Where blocks are vectors, those that proximal steps arrive at; None elsewhere and for the empty head."""
+        if self.max_rank is not None or not has_vector_blocks(self.problem):
+            return None
+        found = proximal_start(self.problem, start)
+        return found if found.n_units else None
+
     def second_guess(self, init: Factors) -> Factors:
         """A warm start with as many small random units again, brought near the optimum in the same way."""
         problem = self.problem
@@ -562,6 +588,9 @@ class Factored:
             0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
             for c, units in zip(problem.components, init.units, strict=True)
         ]
+        found = self.vector_guess(init) if quick(problem, counts) else None
+        if found is not None:
+            return found
         fresh = random_factors(problem, [max(1, n) for n in counts], self.generator, problem.dtype)
         units = []
         for component, old, new in zip(problem.components, init.units, fresh.units, strict=True):

@@ -27,10 +27,15 @@ FULL_SIZE = 768
 GROUP_SIZE = 1024
 SAMPLES = 1024
 """Samples that moments are taken over."""
+MOST_SAMPLES = 4096
+"""The same where they cost little: gradients of ``CHEAP_NUMBERS`` at most in all."""
+CHEAP_NUMBERS = 2**23
 COMBINATIONS = 3
 """Random combinations of the rows of a sample's gradient that stand for all of them."""
 ROWS_PER_COLUMN = 6
-"""Such combinations that a Kronecker factor of u is estimated from, per column: more cost time and change little."""
+"""Such combinations that a Kronecker factor of u is estimated from, per column: more cost time and change little ..."""
+CHEAP_ROWS = 2**20
+"""... but where gradients of more samples hold no more numbers than this, they are taken."""
 
 
 def group_size(problem: Problem, columns: int) -> int:
@@ -79,7 +84,7 @@ class Preconditioner:
     def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
-        sample = self._sample(problem, generator)
+        sample = self._sample(problem, factors, generator)
         index, place = problem.own_samples(sample)
         Y, a = problem.targets_of(index, dtype)
         total = problem.world.sum(a.sum()).clamp_min(torch.finfo(dtype).tiny)
@@ -91,10 +96,12 @@ class Preconditioner:
             self._build(problem, factors, samples, dtype, generator)
 
     @staticmethod
-    def _sample(problem: Problem, generator: torch.Generator) -> Tensor:
-        if problem.n <= SAMPLES:
+    def _sample(problem: Problem, factors: Factors, generator: torch.Generator) -> Tensor:
+        numbers = max((units.u.numel() for units in factors.units if units.u is not None), default=1)
+        count = min(MOST_SAMPLES, max(SAMPLES, CHEAP_NUMBERS // max(1, numbers)))
+        if problem.n <= count:
             return torch.arange(problem.n)
-        return torch.randperm(problem.n, generator=generator)[:SAMPLES].sort().values
+        return torch.randperm(problem.n, generator=generator)[:count].sort().values
 
     def _build(
         self,
@@ -209,6 +216,7 @@ class UBlocks:
             )
         assert units.u is not None
         m, p = len(units.u), self.component.p
+        self.numbers = max(1, m * p)
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
         most = group_size(problem, m * b)
@@ -225,7 +233,8 @@ class UBlocks:
         count = min(COMBINATIONS, a)
         # Every how many samples suffice.
         columns = max(len(right) for right in self.right)
-        self.stride = 1 if self.full else max(1, samples // max(64, ROWS_PER_COLUMN * columns // count))
+        rows = max(64, ROWS_PER_COLUMN * columns // count, CHEAP_ROWS // self.numbers)
+        self.stride = 1 if self.full else max(1, samples // rows)
         # Drawn for all samples, as noise is.
         self.signs = torch.randint(0, 2, (samples, count, a), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
