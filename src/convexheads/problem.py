@@ -319,17 +319,30 @@ class Problem:
             for t, into in zip(units.tensors(), g.tensors(), strict=True):
                 into.add_(t, alpha=self.penalty_weight(component))
 
-    @torch.no_grad()
     def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
         """The network's objective and its gradient with respect to every variable."""
-        dtype = factors.tensors()[0].dtype
-        gradient = factors.like(torch.zeros_like(factors.flat()))
+        value, gradient = self.flat_value_and_gradient(factors, factors.flat())
+        return value, factors.like(gradient)
+
+    @torch.no_grad()
+    def flat_value_and_gradient(self, shapes: Factors, x: Tensor) -> tuple[float, Tensor]:
+        """The same at the variables ``x``, one vector of the ``shapes`` of factors; the gradient is one as well."""
+        factors, flat = shapes.like(x), torch.zeros_like(x)
+        gradient = shapes.like(flat)
         total = 0.0
-        for index, stats in self.chunks(dtype, max(1, factors.n_units)):
-            total += self.chunk_gradient(factors, stats, *self.targets_of(index, dtype), gradient)
-        total, gradient = self.summed(total, gradient)
-        self.add_decay(factors, gradient)
-        return total + self.weight_decay(factors), gradient
+        for index, stats in self.chunks(x.dtype, max(1, factors.n_units)):
+            total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient)
+        if self.world.size > 1:
+            total, gradient = self.summed(total, gradient)
+            flat = gradient.flat()
+        start = 0
+        for component, units in zip(self.components, factors.units, strict=True):
+            weight, size = self.penalty_weight(component), sum(t.numel() for t in units.tensors())
+            own = x[start : start + size]
+            flat[start : start + size].add_(own, alpha=weight)
+            total += 0.5 * weight * float(own.double().square().sum())
+            start += size
+        return total, flat
 
     def summed(self, value: float, gradient: Factors) -> tuple[float, Factors]:
         """A value and a gradient summed over the workers."""

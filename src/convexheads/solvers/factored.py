@@ -28,7 +28,7 @@ from convexheads.certificate import (
 )
 from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
-from convexheads.solvers.lbfgs import LBFGS, MEMORY
+from convexheads.solvers.lbfgs import LBFGS, MEMORY, Apply
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.warmup import BATCH, adam_epochs
@@ -61,6 +61,8 @@ ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 LIKELY = 1.2
 """A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
+HOPEFUL = 5.0
+"""The same for the gradient of the last iterate, before it is steadied."""
 RIDGE_REPORTS = 5
 """Iterations between two entries of the history of a head of ridge branches only, whose gap needs no search."""
 RIDGE_PATIENCE = 30
@@ -238,6 +240,18 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
     return Factors(units, factors.intercept)
 
 
+def turned_rows(vectors: Tensor, factors: Factors, maps: list[Tensor | None]) -> Tensor:
+    """Each row of ``vectors`` (r, number of variables), of the shape of ``factors``, under the same maps."""
+    found = []
+    start = 0
+    for units, rows in zip(factors.units, maps, strict=True):
+        for t in units.tensors():
+            part = vectors[:, start : start + t.numel()]
+            start += t.numel()
+            found.append(part if rows is None else (rows @ part.view(len(vectors), len(t), -1)).flatten(1))
+    return torch.cat([*found, vectors[:, start:]], 1)
+
+
 def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
     """The gates of some units, or None where there are no gates."""
     return None if gate is None else gate[index]
@@ -259,10 +273,14 @@ def join_units(first: Units, second: Units) -> Units:
     return Units(u[order], v[order], gate)
 
 
-def _padded(vector: Factors, shapes: Factors) -> Tensor:
-    """A vector over fewer units as one over more, zero on the new ones; new units follow the old ones of a gate."""
+def padding(before: Factors, after: Factors) -> Apply:
+    """The map of vectors of the shape of ``before`` to that of ``after``, with zeros where units are new.
+
+    New units follow the old ones of their gate.
+    """
+    numbers = before.like(torch.arange(1.0, len(before.flat()) + 1, dtype=torch.float64))
     units = []
-    for old, new in zip(vector.units, shapes.units, strict=True):
+    for old, new in zip(numbers.units, after.units, strict=True):
         extra = len(new.v) - len(old.v)
         if old.u is None or new.u is None or not extra:
             units.append(old)
@@ -273,7 +291,16 @@ def _padded(vector: Factors, shapes: Factors) -> Tensor:
             gate = torch.arange(len(spare), device=spare.device).repeat_interleave(spare)
         zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
         units.append(join_units(old, zeros))
-    return Factors(units, vector.intercept).flat()
+    source = Factors(units, numbers.intercept).flat().long()
+    place = source.nonzero()[:, 0].to(before.units[0].v.device)
+    source = source[place.to(source.device)].to(place.device) - 1
+
+    def pad(vectors: Tensor) -> Tensor:
+        found = vectors.new_zeros(len(vectors), len(after.flat()))
+        found[:, place] = vectors[:, source]
+        return found
+
+    return pad
 
 
 def largest(factors: Factors, count: int) -> Factors:
@@ -456,8 +483,7 @@ class Factored:
         factors = factors.to(dtype)
 
         def evaluate(x: Tensor) -> tuple[float, Tensor]:
-            value, gradient = self.problem.value_and_gradient(factors.like(x))
-            return value, gradient.flat()
+            return self.problem.flat_value_and_gradient(factors, x)
 
         noise = 2e-7 if dtype == torch.float32 else 1e-14
         x = factors.flat()
@@ -494,8 +520,13 @@ class Factored:
         stalls, stalled = 0, False
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            x, gradient = optimiser.steadied() if self.n_iter >= earliest else (optimiser.x, optimiser.gradient)
+            x, gradient = optimiser.x, optimiser.gradient
             norm = float(gradient.norm())
+            # The steadied gradient is smaller by a small factor: far away there is no need to look.
+            hopeful = norm * last_gap <= HOPEFUL * target * last_norm and self.n_iter >= earliest
+            if ridge_only or self.n_iter >= latest or hopeful:
+                x, gradient = optimiser.steadied()
+                norm = float(gradient.norm())
             # With ridge branches only the gap follows from the gradient.
             foreseen = self.foreseen(optimiser.value, shapes.like(gradient)) if ridge_only else None
             if foreseen is not None:
@@ -700,9 +731,8 @@ class Factored:
         """An optimiser for more units that keeps the curvature pairs of the old ones."""
         optimiser, shapes = self.optimiser(after, old.x.dtype)
         kept = [len(new.v) >= len(was.v) for new, was in zip(after.units, before.units, strict=True)]
-        if all(kept) and self.max_rank is None:
-            for s, y in old.pairs:
-                optimiser.pairs.append(_padded(before.like(s), after), _padded(before.like(y), after))
+        if all(kept) and self.max_rank is None and len(old.pairs):
+            optimiser.pairs = old.pairs.mapped(padding(before, after))
         return optimiser, shapes
 
     def trim(self, optimiser: LBFGS, factors: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
@@ -716,11 +746,8 @@ class Factored:
         if not total or kept > WORTH_TRIMMING * total:
             return None
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
-        for s, y in optimiser.pairs:
-            step, change = (turned(factors.like(vector), maps).flat() for vector in (s, y))
-            curvature = float(step @ change)
-            if curvature > 1e-10 * float(step.norm() * change.norm()):
-                smaller.pairs.append(step, change)
+        if len(optimiser.pairs):
+            smaller.pairs = optimiser.pairs.mapped(lambda vectors: turned_rows(vectors, factors, maps))
         return smaller, shapes
 
     def finish(self, factors: Factors, message: str, bound: Certificate | None = None) -> Solution:

@@ -10,6 +10,7 @@ that a direction takes four matrix-vector products instead of four vector operat
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -22,6 +23,8 @@ Apply = Callable[[Tensor], Tensor]
 """A linear map of each row of a matrix (r, number of variables)."""
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 MEMORY = 60
+LEAST_CURVATURE = 1e-10
+"""s'y as a share of ||s|| ||y|| below which a pair is left out."""
 STEADY = 4
 """Last iterates that are combined to the one of least gradient."""
 
@@ -70,6 +73,17 @@ class CurvaturePairs:
         self.order.append(row)
         held = len(self.order)
         self.products[:held, row] = (self.S[:held] @ y).double().cpu().numpy()
+
+    def mapped(self, transform: Apply) -> CurvaturePairs:
+        """The pairs under a linear map of the variables that keeps inner products of gradients and steps."""
+        S, Y = transform(self.S[self.order]), transform(self.Y[self.order])
+        curved = (S * Y).sum(1) > LEAST_CURVATURE * S.norm(dim=1) * Y.norm(dim=1)
+        found = CurvaturePairs(S[0], self.most)
+        found.S, found.Y = S[curved], Y[curved]
+        held = len(found.S)
+        found.order = list(range(held))
+        found.products[:held, :held] = (found.S @ found.Y.mT).double().cpu().numpy()
+        return found
 
     def direction(self, gradient: Tensor, inverse: Apply) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from the initial one ``inverse``."""
@@ -181,10 +195,9 @@ class LBFGS:
 
     def _accept(self, x: Tensor, value: float, gradient: Tensor) -> bool:
         s, y = x - self.x, gradient - self.gradient
-        curvature = float(s @ y)
-        if curvature > 1e-10 * float(s.norm() * y.norm()):
+        size, curvature = float(s @ s), float(s @ y)
+        if curvature > LEAST_CURVATURE * math.sqrt(size * float(y @ y)):
             self.pairs.append(s, y)
-        moved = bool(torch.any(s != 0))
         self.x, self.value, self.gradient = x, value, gradient
         self.recent.append((x, gradient))
-        return moved
+        return size > 0 or bool(torch.any(s != 0))
