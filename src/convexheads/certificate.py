@@ -22,8 +22,6 @@ from convexheads.problem import Problem
 from convexheads.spectral import largest_singular_value, nuclear_norm
 from convexheads.types import Factors, Interval
 
-SMALLEST = 1e-300
-"""Objectives below this are zero: what is left of constant targets, say."""
 UNSCALED = 0.1
 """Share of the gap that a search along the ray must be able to close to be worth its passes over the samples."""
 
@@ -170,7 +168,8 @@ def rescaled_bound(
     # Next to the optimum rounding could put the dual above the primal; a smaller lower bound is as true.
     value = min(value, primal)
     gap = primal - value
-    relative = gap / primal if primal > SMALLEST else (0.0 if gap <= SMALLEST else math.inf)
+    tiny = problem.negligible
+    relative = gap / primal if primal > tiny else (0.0 if gap <= tiny else math.inf)
     return Certificate(primal, value, gap, relative, sigma, sigma.proved, problem.beta, alpha)
 
 

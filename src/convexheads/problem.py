@@ -43,6 +43,8 @@ GAMMA_SAMPLES = 256  # samples a chunk there
 
 ROUNDING = 1e-13
 """Largest sum of a dual point that is taken for rounding."""
+ROUNDING = 1e-28
+"""Share of the mean squared target that an objective is rounding below: a multiple of eps squared."""
 TRIM_CHUNKS = 16
 """Chunks after which freed memory goes back to the system, where it is limited."""
 
@@ -73,6 +75,7 @@ class Problem:
     Attributes
     ----------
     n, local, start : samples in all, samples here, and number of the first one here.
+    negligible : objectives below this are zero: what is left of constant targets, say.
     own_loss : the loss without the other workers' samples: for parts of the samples.
     """
 
@@ -101,6 +104,8 @@ class Problem:
         self.local = len(self.targets)
         self.n = round(world.total(self.local))
         self.start = world.rows(self.n).start
+        size = self.targets.reshape(self.local, -1).square().sum(1) @ self.weights
+        self.negligible = max(1e-300, ROUNDING * world.total(float(size)))
         self.budget = memory.current()
         self.cache_bytes = self.budget.cache if cache_bytes is None else cache_bytes
         self.spill = self.device.type == "cpu"

@@ -62,8 +62,19 @@ def gated_forms(selected: Tensor, u: Tensor, gate: Tensor, X: Tensor) -> Tensor:
     for g, own in gate_groups(gate):
         # One large product for all units of a gate, then dot products with what the gate selects.
         images = X.reshape(n * r, width) @ u[own].reshape(-1, width).mT
-        parts.append((images.view(n, r, -1, u.shape[1]) * selected[:, g, :, None]).sum(-1))
+        parts.append((images.view(n, r, -1, u.shape[1]) @ selected[:, g, :, :, None])[..., 0])
     return torch.cat(parts, 2)
+
+
+def gated_forms_adjoint(selected: Tensor, cotangent: Tensor, gate: Tensor, X: Tensor) -> Tensor:
+    """The adjoint of :func:`gated_forms` in u: sum of cotangent[r, j] selected[g_j]_r x_r^T, (m, a, k)."""
+    n, r, width = X.shape
+    rows = X.reshape(n * r, width)
+    parts = []
+    for g, own in gate_groups(gate):
+        weighted = cotangent[..., own, None] * selected[:, g, :, None]
+        parts.append((weighted.reshape(n * r, -1).mT @ rows).view(-1, selected.shape[-1], width))
+    return torch.cat(parts)
 
 
 def gate_groups(gate: Tensor) -> Iterator[tuple[int, slice]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, gated_forms, register
+from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, gated_forms_adjoint, register
 
 
 class PooledLinearMixer(Architecture):
@@ -72,6 +72,15 @@ class PooledGatedMixer(_Square):
         assert gate is not None
         columns, selected = stats
         return gated_forms(selected, u, gate, columns).mT
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        assert gate is not None
+        columns, selected = stats
+
+        def pull(cotangent: Tensor) -> Tensor:
+            return gated_forms_adjoint(selected, cotangent.mT, gate, columns)
+
+        return self.unit_features(stats, u, gate), pull
 
     @property
     def row_step(self) -> int:

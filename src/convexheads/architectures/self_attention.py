@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, register
+from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, gated_forms_adjoint, register
 
 
 class _Square(Architecture):
@@ -122,6 +122,15 @@ class PooledGatedSelfAttention(_Pooled):
         assert gate is not None
         X, selected = stats
         return gated_forms(selected, u, gate, X).mT @ X
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        assert gate is not None
+        X, selected = stats
+
+        def pull(cotangent: Tensor) -> Tensor:
+            return gated_forms_adjoint(selected, X @ cotangent.mT, gate, X)
+
+        return self.unit_features(stats, u, gate), pull
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         X, selected = stats

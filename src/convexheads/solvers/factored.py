@@ -18,7 +18,6 @@ from torch import Tensor
 
 from convexheads.architectures import Stats
 from convexheads.certificate import (
-    SMALLEST,
     Certificate,
     DualPoint,
     certify_refitted,
@@ -75,7 +74,9 @@ LARGEST_GROWTH = 96
 FEW_UNITS = 24
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 FIRST_UNITS = 40
-"""Units of a component to start with where not all of them are cheap, over all gates."""
+"""Units of a component to start with elsewhere, over all gates."""
+MANY_UNITS = 128
+"""Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
 """Share of the nuclear norm, in the smallest units, that is dropped after the first epochs."""
 
@@ -87,17 +88,12 @@ def start_scale(problem: Problem, units: int) -> float:
 
 
 def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
-    """Units a gate for each component: all of them where that is cheap, else a first guess."""
+    """Units a gate for each component: all there can be, or a first guess."""
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        if problem.n < WARMUP_SAMPLES:
-            count = max(8, FEW_UNITS // component.n_gates)
-        elif component.p * component.form.workspace < 1e5:
-            count = max(8, FIRST_UNITS // component.n_gates)
-        else:
-            count = max(4, 32 // component.n_gates)
-        count = min(full, count)
+        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else FIRST_UNITS
+        count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
 
@@ -391,7 +387,7 @@ class Factored:
             float(units.v.double().square().sum()) / (2.0 * problem.penalty_weight(component))
             for component, units in zip(problem.components, gradient.units, strict=True)
         )
-        relative = gap / primal if primal > SMALLEST else math.inf
+        relative = gap / primal if primal > problem.negligible else 0.0
         none = Interval(0.0, 0.0, "estimate", False)
         return Certificate(primal, primal - gap, gap, relative, none, False, problem.beta, 1.0)
 
@@ -593,6 +589,9 @@ class Factored:
         """Random units, brought near the optimum by epochs of Adam where there are many samples."""
         problem = self.problem
         start = random_factors(problem, counts, self.generator, problem.dtype)
+        if not bool(problem.null_gradient().any()):
+            # Constant targets: the empty head is exact, and what units would start with only has to shrink.
+            return Factors([units if units.u is None else no_units(units) for units in start.units], start.intercept)
         if quick(problem, counts) or not start.n_units:
             return self.vector_guess(Factors([no_units(units) for units in start.units], start.intercept)) or start
         norm = start_scale(problem, start.n_units)
