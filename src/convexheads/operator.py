@@ -90,19 +90,30 @@ class Component:
         if units.u is None or not len(units.v):
             return self.features(stats, units), None
         T, pull = self.form.features_and_pullback(stats, units.u, units.gate)
-        return T.reshape(-1, *T.shape[-2:]), lambda cotangent: pull(cotangent.view_as(T))
+        return T.reshape(-1, *T.shape[-2:]), lambda cotangent: pull(cotangent.reshape(T.shape))
 
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
+        if by_feature(T):
+            return T.mT.flatten(1) @ v.transpose(0, 1).flatten(0, 1)
         return T.flatten(1) @ v.flatten(0, 1)
 
     def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to v: (m, k, c)."""
+        if by_feature(T):
+            return (T.mT.flatten(1).mT @ L).view(T.shape[2], T.shape[1], L.shape[1]).transpose(0, 1)
         return (T.flatten(1).mT @ L).view(T.shape[1], T.shape[2], L.shape[1])
 
-    def adjoint_features(self, v: Tensor, L: Tensor) -> Tensor:
-        """Gradient of <L, A> with respect to T: (rows, m, k)."""
+    def adjoint_features(self, T: Tensor, v: Tensor, L: Tensor) -> Tensor:
+        """Gradient of <L, A> with respect to T, in its layout: (rows, m, k)."""
+        if by_feature(T):
+            return (L @ v.transpose(0, 1).flatten(0, 1).mT).view(len(L), v.shape[1], v.shape[0]).mT
         return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
+
+
+def by_feature(T: Tensor) -> bool:
+    """Whether unit features (rows, m, k) lie in memory as (rows, k, m): to copy them would cost as much as products."""
+    return T.mT.is_contiguous() and not T.is_contiguous()
 
 
 def split_rows(total: int, step: int) -> Iterator[slice]:

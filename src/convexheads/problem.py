@@ -43,7 +43,7 @@ GAMMA_SAMPLES = 256  # samples a chunk there
 
 ROUNDING = 1e-13
 """Largest sum of a dual point that is taken for rounding."""
-ROUNDING = 1e-28
+NEGLIGIBLE = 1e-28
 """Share of the mean squared target that an objective is rounding below: a multiple of eps squared."""
 TRIM_CHUNKS = 16
 """Chunks after which freed memory goes back to the system, where it is limited."""
@@ -105,7 +105,7 @@ class Problem:
         self.n = round(world.total(self.local))
         self.start = world.rows(self.n).start
         size = self.targets.reshape(self.local, -1).square().sum(1) @ self.weights
-        self.negligible = max(1e-300, ROUNDING * world.total(float(size)))
+        self.negligible = max(1e-300, NEGLIGIBLE * world.total(float(size)))
         self.budget = memory.current()
         self.cache_bytes = self.budget.cache if cache_bytes is None else cache_bytes
         self.spill = self.device.type == "cpu"
@@ -316,7 +316,7 @@ class Problem:
         part = L[:, component.outputs]
         into.v += component.adjoint_v(T, part)
         if pull is not None and into.u is not None:
-            into.u += pull(component.adjoint_features(units.v, part))
+            into.u += pull(component.adjoint_features(T, units.v, part))
 
     def add_decay(self, factors: Factors, gradient: Factors) -> None:
         """Add the gradient of the weight decay."""

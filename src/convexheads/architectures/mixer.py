@@ -29,8 +29,23 @@ class PooledLinearMixer(Architecture):
     def unit_work(self) -> int:
         return self.tokens * self.features
 
+    def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
+        # Features before tokens: one product for all samples and features at once.
+        return (X.mT.contiguous(),)
+
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        return (u * self.tokens**-0.5) @ stats[0]
+        return (stats[0] @ (u.mT * self.tokens**-0.5)).mT
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        columns = stats[0].flatten(0, 1)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            return (cotangent.mT.reshape(len(columns), -1).mT @ columns) * self.tokens**-0.5
+
+        return self.unit_features(stats, u, gate), pull
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        return stats[0][:, :, rows].mT * self.tokens**-0.5
 
     def lift(self, u: Tensor) -> Tensor:
         # W1 with all rows equal to u / sqrt(s): same norm, and the mean over rows is s^{-1/2} u X.

@@ -54,10 +54,14 @@ WORTH_TRIMMING = 0.8
 """... so that at most this share of the units is left."""
 PATIENCE = 4
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
+FIRST_CHECK = 10
+"""Iterations from a first guess to the first check."""
 TARGET = 0.94
 """Share of the tolerance that the gap must be estimated below before a proof is tried."""
 ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
+FREE = 1e-5
+"""Share of the tolerance that the gradient of the intercept may be left with between proofs."""
 LIKELY = 1.2
 """A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
 HOPEFUL = 5.0
@@ -407,7 +411,7 @@ class Factored:
         if factors.intercept is None:
             return factors, O
         bare = O - factors.intercept
-        b = problem.best_intercept(bare, factors.intercept)
+        b = problem.best_intercept(bare, factors.intercept, FREE * self.tol)
         return Factors(factors.units, b), bare + b
 
     # Units ------------------------------------------------------------------------------------------------
@@ -508,7 +512,8 @@ class Factored:
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         target = TARGET * self.tol
         # The gap of a first guess says nothing.
-        earliest = latest = self.spacing(shapes) if cold else 0
+        spacing = self.spacing(shapes)
+        earliest = latest = max(spacing, min(FIRST_CHECK, PATIENCE * spacing)) if cold else 0
         built_at = -REBUILD
         ridge_only = all(component.ridge for component in problem.components)
         last_gap, last_norm = math.inf, 0.0
