@@ -52,6 +52,11 @@ def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
     return torch.cat([selected[:, g] @ u[own].mT for g, own in gate_groups(gate)], 1)[..., None]
 
 
+def features_by_gate_adjoint(selected: Tensor, cotangent: Tensor, gate: Tensor) -> Tensor:
+    """The adjoint of :func:`features_by_gate` in u: (m, p) from a cotangent (n, m, 1)."""
+    return torch.cat([cotangent[:, own, 0].mT @ selected[:, g] for g, own in gate_groups(gate)])
+
+
 def gated_forms(selected: Tensor, u: Tensor, gate: Tensor, X: Tensor) -> Tensor:
     """selected[g_j]_r^T u_j x_r for every row r and unit j: (n, r, m).
 

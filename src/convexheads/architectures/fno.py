@@ -11,7 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, features_by_gate, register
+from convexheads.architectures.base import (
+    Architecture,
+    Pullback,
+    Stats,
+    features_by_gate,
+    features_by_gate_adjoint,
+    register,
+)
 
 
 class PooledLinearFNO(Architecture):
@@ -37,6 +44,9 @@ class PooledLinearFNO(Architecture):
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         return (stats[0] @ u.mT)[..., None]
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
 
     def lift(self, u: Tensor) -> Tensor:
         # The same filter at every shift, scaled to keep the norm.
@@ -80,6 +90,11 @@ class PooledGatedFNO(Architecture):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         return features_by_gate(stats[0], u, gate)
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        assert gate is not None
+        own, index = stats[0], gate
+        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, gate, rows, None]

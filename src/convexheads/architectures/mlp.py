@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Stats, features_by_gate, register
+from convexheads.architectures.base import (
+    Architecture,
+    Pullback,
+    Stats,
+    features_by_gate,
+    features_by_gate_adjoint,
+    register,
+)
 
 
 class _Perceptron(Architecture):
@@ -33,6 +40,9 @@ class PooledLinearMLP(_Perceptron):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         return (stats[0] @ u.mT)[..., None]
 
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
+
 
 class PooledGatedMLP(_Perceptron):
     """The mean over rows of diag(M) X w1 w2^T is (xbar_g^T w1) w2^T, xbar_g the mean of the selected tokens."""
@@ -48,6 +58,11 @@ class PooledGatedMLP(_Perceptron):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         return features_by_gate(stats[0], u, gate)
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        assert gate is not None
+        own, index = stats[0], gate
+        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, gate, rows, None]

@@ -48,6 +48,7 @@ STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 SETTLED = 0.5
 """Decrease in ten iterations, as a share of the gap, below which directions outside the units' span are added."""
 SPANNED = 0.9
+"""Share of a direction's norm within the units' span from which it is not outside."""
 TRIMMED = 1e-2
 """Share of the gap in the smallest units that are dropped, if they are many ..."""
 WORTH_TRIMMING = 0.8
@@ -303,12 +304,16 @@ def padding(before: Factors, after: Factors) -> Apply:
     return pad
 
 
+def unit_sizes(units: Units) -> Tensor:
+    """||u|| ||v|| of every unit: (m,), none for ridge branches."""
+    if units.u is None:
+        return units.v.new_zeros(0)
+    return units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
+
+
 def largest(factors: Factors, count: int) -> Factors:
     """The ``count`` units of largest ||u|| ||v||, in their order; ridge branches are kept."""
-    sizes = [
-        units.v.new_zeros(0) if units.u is None else units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
-        for units in factors.units
-    ]
+    sizes = [unit_sizes(units) for units in factors.units]
     if sum(map(len, sizes)) <= count:
         return factors
     least = torch.cat(sizes).topk(count).values[-1]
@@ -694,8 +699,7 @@ class Factored:
     def full(self, factors: Factors, pair: SingularPair) -> bool:
         """Whether the pair's block has all the units there can be: then no stall is possible."""
         component, units = self.problem.components[pair.component], factors.units[pair.component]
-        assert units.u is not None
-        size = units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
+        size = unit_sizes(units)
         # Units that have shrunk to nothing count for nothing.
         used = size > COLLAPSED * size.max() if len(size) else size > 0
         if units.gate is not None and pair.gate is not None:

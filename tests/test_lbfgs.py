@@ -1,0 +1,109 @@
+"""The curvature pairs, the direction and the steadied iterate of L-BFGS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from convexheads.solvers.lbfgs import LBFGS, STEADY, CurvaturePairs
+
+
+def quadratic(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A positive definite matrix with eigenvalues from 1 to 100, and a right-hand side."""
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, 2, size, dtype=torch.float64)
+    return Q @ (values[:, None] * Q.mT), torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def minimiser(A: Tensor, b: Tensor, memory: int) -> LBFGS:
+    return LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, memory)
+
+
+def two_loops(pairs: list[tuple[Tensor, Tensor]], gradient: Tensor, inverse: Tensor) -> Tensor:
+    """Algorithm 7.4 of Nocedal and Wright, as it stands there."""
+    q = gradient.clone()
+    alphas = []
+    for s, y in reversed(pairs):
+        alphas.append(float(s @ q) / float(s @ y))
+        q -= alphas[-1] * y
+    s, y = pairs[-1]
+    r = inverse @ q * float(s @ y) / float(y @ inverse @ y)
+    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+        r += s * (alpha - float(y @ r) / float(s @ y))
+    return -r
+
+
+@pytest.mark.parametrize("memory", [3, 8, 40])
+def test_direction_is_that_of_the_two_loops(memory: int) -> None:
+    A, b = quadratic(12, 0)
+    inverse = torch.diag(1.0 / A.diagonal())
+    optimiser = minimiser(A, b, memory)
+    optimiser.set_inverse(lambda vectors: vectors @ inverse)
+    for _ in range(15):
+        assert optimiser.step()
+        pairs = list(optimiser.pairs)
+        assert len(pairs) <= memory
+        expected = two_loops(pairs, optimiser.gradient, inverse)
+        torch.testing.assert_close(optimiser.direction(), expected, rtol=1e-8, atol=1e-12 * float(expected.norm()))
+
+
+def test_a_quadratic_is_solved() -> None:
+    A, b = quadratic(20, 1)
+    optimiser = minimiser(A, b, 20)
+    for _ in range(60):
+        if not optimiser.step():
+            break
+    torch.testing.assert_close(optimiser.x, torch.linalg.solve(A, b), rtol=1e-5, atol=1e-7)
+
+
+def test_the_steadied_iterate_has_the_least_gradient_of_all_combinations() -> None:
+    A, b = quadratic(15, 2)
+    optimiser = minimiser(A, b, 10)
+    for _ in range(9):
+        optimiser.step()
+    x, gradient = optimiser.steadied()
+    # A quadratic's gradient is affine: that of the combination is the combination of gradients.
+    torch.testing.assert_close(gradient, A @ x - b, rtol=1e-9, atol=1e-10)
+    recent = torch.stack([g for _, g in optimiser.recent])
+    assert len(recent) == STEADY
+    shares = torch.randn(200, STEADY, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares /= shares.sum(1, keepdim=True)
+    assert float(gradient.norm()) <= float((shares @ recent).norm(dim=1).min())
+    assert float(gradient.norm()) <= float(optimiser.gradient.norm())
+
+
+def test_pairs_under_a_rotation_give_the_rotated_direction() -> None:
+    A, b = quadratic(10, 3)
+    optimiser = minimiser(A, b, 6)
+    for _ in range(8):
+        optimiser.step()
+    Q = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).Q
+    turned = optimiser.pairs.mapped(lambda vectors: vectors @ Q.mT)
+    assert len(turned) == len(optimiser.pairs)
+    g = optimiser.gradient
+    expected = Q @ optimiser.pairs.direction(g, torch.clone)
+    torch.testing.assert_close(turned.direction(Q @ g, torch.clone), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_pairs_without_curvature_are_dropped_by_a_map() -> None:
+    like = torch.zeros(4, dtype=torch.float64)
+    pairs = CurvaturePairs(like, 5)
+    for k in range(3):
+        unit = torch.zeros(4, dtype=torch.float64)
+        unit[k] = 1.0
+        pairs.append(unit, 2.0 * unit)
+    # The first coordinate is dropped, and the pair that moves nothing else with it.
+    kept = pairs.mapped(lambda vectors: vectors[:, 1:])
+    assert len(kept) == 2
+    assert all(float(s @ y) == 2.0 for s, y in kept)
+
+
+def test_the_oldest_pair_goes() -> None:
+    pairs = CurvaturePairs(torch.zeros(1), 3)
+    for k in range(1, 6):
+        pairs.append(torch.tensor([float(k)]), torch.tensor([1.0]))
+    assert [float(s) for s, _ in pairs] == [3.0, 4.0, 5.0]
+    pairs.clear()
+    assert len(pairs) == 0
