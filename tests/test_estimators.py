@@ -498,7 +498,7 @@ def test_float32_iterations_reach_the_same_optimum(head: str, activation: str, m
     X, y = planted(n=80)
     options: dict[str, Any] = {"head": head, "activation": activation, "gates": 3, "beta_ratio": 0.05}
     exact = ConvexHeadClassifier(**options, tol=1e-6, dtype="float64").fit(X, y)
-    monkeypatch.setattr(estimators, "SMALL_PROBLEM", 0)
+    monkeypatch.setattr(estimators, "LEAST_PROBLEM", 0)
     monkeypatch.setattr(estimators, "TINY_PROBLEM", 0)
     model = ConvexHeadClassifier(**options, dtype="float32").fit(X.astype(np.float32), y)
     assert model._precision == torch.float32

@@ -37,7 +37,10 @@ from convexheads.types import Factors, Units
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 RELU_BOUNDS = ("gated", "cones")
 SMALL_PROBLEM = 500_000
-"""Numbers in the tokens, counted for every gate, below which iterations run in float64 anyway: it costs nothing."""
+"""Numbers in the tokens, counted for every gate, below which a tol below ``COARSE`` is iterated in float64."""
+LEAST_PROBLEM = 5_000
+"""The same below which iterations run in float64 whatever ``tol`` is."""
+COARSE = 1e-4
 TINY_PROBLEM = 5_000
 """Numbers in the tokens below which a solution within ``tol`` is polished to rounding."""
 
@@ -198,7 +201,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         size *= max(component.n_gates for component in components)
         # What float32 can tell: the gap of ridge branches is their gradient's, that of others a small difference.
         finest = 1e-10 if all(component.ridge for component in components) else 1e-6
-        dtype = DTYPES[self.dtype] if size > SMALL_PROBLEM and self.tol >= finest else torch.float64
+        least = LEAST_PROBLEM if self.tol >= COARSE else SMALL_PROBLEM
+        dtype = DTYPES[self.dtype] if size > least and self.tol >= finest else torch.float64
         problem = Problem(
             components,
             rows,

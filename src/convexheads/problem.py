@@ -345,7 +345,8 @@ class Problem:
             weight, size = self.penalty_weight(component), sum(t.numel() for t in units.tensors())
             own = x[start : start + size]
             flat[start : start + size].add_(own, alpha=weight)
-            total += 0.5 * weight * float(own.double().square().sum())
+            exact = own.double()
+            total += 0.5 * weight * float(exact @ exact)
             start += size
         return total, flat
 

@@ -87,21 +87,24 @@ class CurvaturePairs:
 
     def direction(self, gradient: Tensor, inverse: Apply) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from the initial one ``inverse``."""
-        order, held = self.order, len(self.order)
+        held, order = len(self.order), np.array(self.order)
         S, Y = self.S[:held], self.Y[:held]
-        upper = self.products[np.ix_(order, order)]
+        upper = self.products[order[:, None], order]
         curvature = upper.diagonal()
+
+        def rows(numbers: np.ndarray) -> Tensor:
+            placed = np.empty(held)
+            placed[order] = numbers
+            return torch.from_numpy(placed).to(S.device, S.dtype)
+
         # LAPACK reads the upper triangle only.
         alpha = dtrtrs(upper, (S @ gradient).double().cpu().numpy()[order])[0]
-        placed = np.empty(held)
-        placed[order] = alpha
         newest = Y[order[-1]]
-        r, image = inverse(torch.stack([gradient - Y.mT @ S.new_tensor(placed), newest]))
+        r, image = inverse(torch.stack([torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1), newest]))
         r = r * (curvature[-1] / max(float(newest @ image), 1e-300))
         # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
         right = curvature * alpha - (Y @ r).double().cpu().numpy()[order]
-        placed[order] = dtrtrs(upper, right, trans=1)[0]
-        return r.addmv_(S.mT, S.new_tensor(placed)).neg_()
+        return r.addmv_(S.mT, rows(dtrtrs(upper, right, trans=1)[0])).neg_()
 
 
 class LBFGS:
