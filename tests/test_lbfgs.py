@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract_cases import Case, make_setting, random_units
+from convexheads.certificate import Certificate
+from convexheads.solvers.factored import SEARCH_PATIENCE, Factored
 from convexheads.solvers.lbfgs import LBFGS, STEADY, CurvaturePairs
+from convexheads.types import Interval
 
 
 def quadratic(size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -107,3 +111,24 @@ def test_the_oldest_pair_goes() -> None:
     assert [float(s) for s, _ in pairs] == [3.0, 4.0, 5.0]
     pairs.clear()
     assert len(pairs) == 0
+
+
+def test_a_gap_that_float32_cannot_close_goes_on_in_float64() -> None:
+    problem = make_setting(Case("mixer", "gated_relu")).problem.in_dtype(torch.float32)
+    state = Factored(problem, 1e-6, 10, None, 0, None)
+    optimiser, _ = state.optimiser(random_units(problem), torch.float32)
+    exact, _ = state.optimiser(random_units(problem), torch.float64)
+
+    def checked(iteration: int, gap: float) -> Certificate:
+        state.n_iter = iteration
+        return Certificate(1.0, 1.0 - gap, gap, gap, Interval(0.0, 0.0, "estimate", False), False, 1.0, 1.0)
+
+    # A large gap is not the noise's, however long it lasts; below, it has its time from the last smaller one.
+    assert not state.exhausted(optimiser, checked(0, 1e-2))
+    assert not state.exhausted(optimiser, checked(10 * SEARCH_PATIENCE, 1e-2))
+    start = 20 * SEARCH_PATIENCE
+    assert not state.exhausted(optimiser, checked(start, 2e-6))
+    assert not state.exhausted(optimiser, checked(start + SEARCH_PATIENCE - 1, 1.9e-6))
+    assert state.exhausted(optimiser, checked(start + SEARCH_PATIENCE, 1.9e-6))
+    assert not state.exhausted(exact, checked(start + SEARCH_PATIENCE, 1.9e-6))
+    assert not state.exhausted(optimiser, checked(start + SEARCH_PATIENCE, 1.0e-6))

@@ -69,6 +69,10 @@ HOPEFUL = 5.0
 """The same for the gradient of the last iterate, before it is steadied."""
 RIDGE_REPORTS = 5
 """Iterations between two entries of the history of a head of ridge branches only, whose gap needs no search."""
+NOISY = 1e-4
+"""Relative gap below which the noise of float32 may keep the gap of other heads from closing ..."""
+SEARCH_PATIENCE = 60
+"""... and iterations without a smaller one after which they go on in float64."""
 RIDGE_PATIENCE = 30
 """Iterations without a smaller gap after which such a head goes on in float64."""
 IDLE = 1e-2
@@ -400,13 +404,16 @@ class Factored:
         none = Interval(0.0, 0.0, "estimate", False)
         return Certificate(primal, primal - gap, gap, relative, none, False, problem.beta, 1.0)
 
-    def exhausted(self, optimiser: LBFGS, foreseen: Certificate | None) -> bool:
-        """Whether the foreseen gap has not fallen any more in float32: its noise is larger then."""
-        if foreseen is None or optimiser.x.dtype != torch.float32:
+    def exhausted(self, optimiser: LBFGS, bound: Certificate | None) -> bool:
+        """Whether the gap ``bound`` has not fallen any more in float32: its noise is larger then."""
+        if bound is None or optimiser.x.dtype != torch.float32:
             return False
-        if foreseen.gap < self.least_gap:
-            self.least_gap, self.least_at = foreseen.gap, self.n_iter
-        return self.n_iter - self.least_at >= RIDGE_PATIENCE
+        searched = any(not component.ridge for component in self.problem.components)
+        if bound.gap < (0.9 if searched else 1.0) * self.least_gap:
+            self.least_gap, self.least_at = bound.gap, self.n_iter
+        if searched and bound.relative_gap > NOISY:
+            return False
+        return self.n_iter - self.least_at >= (SEARCH_PATIENCE if searched else RIDGE_PATIENCE)
 
     def refit(self, factors: Factors) -> tuple[Factors, Tensor]:
         """Intercept solved for outputs in the iteration's dtype."""
@@ -524,6 +531,7 @@ class Factored:
         last_gap, last_norm = math.inf, 0.0
         values: list[float] = []
         stalls, stalled = 0, False
+        checked: Certificate | None = None
         message = f"max_iter = {self.max_iter} was reached"
         while True:
             x, gradient = optimiser.x, optimiser.gradient
@@ -544,6 +552,7 @@ class Factored:
                 current = shapes.like(x)
                 rough = max(self.tol, min(0.1, ROUGH * last_gap))
                 bound, pairs = self.estimate(current, precision=rough) if foreseen is None else (foreseen, [])
+                checked = bound
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= target:
                     solution = self.finish(current, "the relative gap reached tol", bound)
@@ -581,7 +590,7 @@ class Factored:
             moved = optimiser.step()
             values.append(optimiser.value)
             self.n_iter += 1
-            if moved and not self.exhausted(optimiser, foreseen):
+            if moved and not self.exhausted(optimiser, foreseen if ridge_only else checked):
                 continue
             stalls, stalled = stalls + 1, True
             latest, built_at = self.n_iter, -REBUILD
