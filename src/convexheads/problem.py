@@ -476,12 +476,11 @@ class Problem:
         p = component.p
         size = component.form.adjoint_size
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
+        workspace = self._gamma_workspace()
         if self.budget.limit is None:
-            workspace = GAMMA_WORKSPACE
             step = max(16, min(16 * self.chunk_rows(1, True), GAMMA_SAMPLES))
             step = max(step, min(4096, int(workspace / size)))
         else:
-            workspace = 2 * min(WORKSPACE, self.budget.workspace)
             step = max(1, min(self.chunk_rows(4, True), max(16, int(workspace / size))))
         unit = component.form.row_step
         bands = max(1, math.ceil(step * size / workspace))

@@ -17,6 +17,7 @@ Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -153,9 +154,7 @@ class Architecture:
     @property
     def unit_work(self) -> int:
         """Multiplications that the features of one unit take on one sample, about: steers choices of method."""
-        p = 1
-        for size in self.u_shape:
-            p *= size
+        p = prod(self.u_shape)
         return max(p, self.workspace)
 
     @property
@@ -219,9 +218,7 @@ class Architecture:
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         """``unit_features`` of the unit vectors e_rows of u's space: override where that is cheaper."""
-        p = 1
-        for size in self.u_shape:
-            p *= size
+        p = prod(self.u_shape)
         start, stop, _ = rows.indices(p)
         basis = torch.zeros(stop - start, p, dtype=stats[0].dtype, device=stats[0].device)
         basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
@@ -245,9 +242,7 @@ class Architecture:
     @property
     def adjoint_size(self) -> float:
         """Numbers that :meth:`distinct_adjoint` holds for each sample where it is asked for all rows of u's space."""
-        p = 1
-        for size in self.u_shape:
-            p *= size
+        p = prod(self.u_shape)
         return p * self.distinct_width * (1 if self.pooled else self.tokens)
 
     def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
@@ -278,3 +273,37 @@ class Architecture:
         Norms do not grow, because ``lift`` is an isometry.
         """
         return u
+
+
+class VectorForm(Architecture):
+    """Pooled form whose statistics are one vector x a sample: T(u) = <x, u>."""
+
+    @property
+    def value_width(self) -> int:
+        return 1
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        return (stats[0] @ u.mT)[..., None]
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
+
+
+class GatedVectorForm(Architecture):
+    """Pooled form whose statistics are one vector a sample and gate, (n, P, p): T(u_j) = <x_{g_j}, u_j>."""
+
+    @property
+    def value_width(self) -> int:
+        return 1
+
+    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return features_by_gate(stats[0], u, gate)
+
+    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        assert gate is not None
+        own, index = stats[0], gate
+        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        return stats[0][:, gate, rows, None]

@@ -11,17 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import (
-    Architecture,
-    Pullback,
-    Stats,
-    features_by_gate,
-    features_by_gate_adjoint,
-    register,
-)
+from convexheads.architectures.base import Architecture, GatedVectorForm, Stats, VectorForm, register
 
 
-class PooledLinearFNO(Architecture):
+class PooledLinearFNO(VectorForm):
     """The mean over tokens sees the sum of all shifts only: B(w, v) = s^{1/2} (xbar^T w) v^T with w in R^d."""
 
     name = "fno"
@@ -32,21 +25,11 @@ class PooledLinearFNO(Architecture):
         return (self.features,)
 
     @property
-    def value_width(self) -> int:
-        return 1
-
-    @property
     def workspace(self) -> int:
         return 1
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         return (X.mean(1) * self.tokens**0.5,)
-
-    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        return (stats[0] @ u.mT)[..., None]
-
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
 
     def lift(self, u: Tensor) -> Tensor:
         # The same filter at every shift, scaled to keep the norm.
@@ -56,7 +39,7 @@ class PooledLinearFNO(Architecture):
         return u.reshape(len(u), self.tokens, -1).sum(1) * self.tokens**-0.5
 
 
-class PooledGatedFNO(Architecture):
+class PooledGatedFNO(GatedVectorForm):
     """The mean over t of M[t] X[t - k, a] is a cross-correlation of mask and tokens: one vector in R^{sd} a gate."""
 
     name = "fno"
@@ -71,10 +54,6 @@ class PooledGatedFNO(Architecture):
         return self.tokens, self.features
 
     @property
-    def value_width(self) -> int:
-        return 1
-
-    @property
     def workspace(self) -> int:
         return self.tokens
 
@@ -86,18 +65,6 @@ class PooledGatedFNO(Architecture):
         product = plain.spectrum(masks.mT)[..., :, None] * plain.spectrum(X).conj()[..., None, :]
         correlation = plain.from_spectrum(product.flatten(2)).view(X.shape[0], self.tokens, len(gates), -1)
         return (correlation.transpose(1, 2).flatten(2) / self.tokens,)
-
-    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return features_by_gate(stats[0], u, gate)
-
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        assert gate is not None
-        own, index = stats[0], gate
-        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
-
-    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
-        return stats[0][:, gate, rows, None]
 
 
 @register

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import (
-    Architecture,
-    Pullback,
-    Stats,
-    features_by_gate,
-    features_by_gate_adjoint,
-    register,
-)
+from convexheads.architectures.base import Architecture, GatedVectorForm, Stats, VectorForm, register
 
 
 class _Perceptron(Architecture):
@@ -29,7 +22,7 @@ class _Perceptron(Architecture):
         return 1 if self.pooled else 2 * self.tokens
 
 
-class PooledLinearMLP(_Perceptron):
+class PooledLinearMLP(_Perceptron, VectorForm):
     """The mean over rows of X w1 w2^T is (xbar^T w1) w2^T, with xbar the mean token."""
 
     name = "mlp"
@@ -37,14 +30,8 @@ class PooledLinearMLP(_Perceptron):
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         return (X.mean(1),)
 
-    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        return (stats[0] @ u.mT)[..., None]
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
-
-
-class PooledGatedMLP(_Perceptron):
+class PooledGatedMLP(_Perceptron, GatedVectorForm):
     """The mean over rows of diag(M) X w1 w2^T is (xbar_g^T w1) w2^T, xbar_g the mean of the selected tokens."""
 
     name = "mlp"
@@ -54,18 +41,6 @@ class PooledGatedMLP(_Perceptron):
         assert gates is not None
         masks = MLP(self.tokens, self.features, self.outputs).masks(X, gates)
         return (masks.to(X.dtype) @ X / self.tokens,)
-
-    def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return features_by_gate(stats[0], u, gate)
-
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        assert gate is not None
-        own, index = stats[0], gate
-        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
-
-    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
-        return stats[0][:, gate, rows, None]
 
     def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
         selected = stats[0]

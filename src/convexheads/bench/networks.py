@@ -156,8 +156,7 @@ def plain_lbfgs(problem: Problem, units: int, seed: int, limit: float) -> tuple[
     recorder = Recorder(problem, GAP, MOST_ITERATIONS, CHECKS, None)
 
     def evaluate(x: torch.Tensor) -> tuple[float, torch.Tensor]:
-        value, gradient = problem.value_and_gradient(shapes.like(x))
-        return value, gradient.flat()
+        return problem.flat_value_and_gradient(shapes, x)
 
     optimiser = LBFGS(evaluate, shapes.flat(), 2e-7, HISTORY)
     failures = iteration = 0

@@ -35,8 +35,7 @@ def polish(problem: Problem, solution: Solution, steps: int = STEPS) -> Solution
     factors = solution.factors.to(torch.float64)
 
     def evaluate(x: Tensor) -> tuple[float, Tensor]:
-        value, gradient = problem.value_and_gradient(factors.like(x))
-        return value, gradient.flat()
+        return problem.flat_value_and_gradient(factors, x)
 
     optimiser = LBFGS(evaluate, factors.flat(), 1e-14)
     decay = factors.like(torch.zeros_like(optimiser.x))

@@ -282,8 +282,7 @@ def train_lbfgs(
     shapes = start.like(start.flat())
 
     def evaluate(x: torch.Tensor) -> tuple[float, torch.Tensor]:
-        value, gradient = problem.value_and_gradient(shapes.like(x))
-        return value, gradient.flat()
+        return problem.flat_value_and_gradient(shapes, x)
 
     noise = 2e-7 if shapes.tensors()[0].dtype == torch.float32 else 1e-14
     optimiser = LBFGS(evaluate, shapes.flat(), noise)
