@@ -405,6 +405,10 @@ def test_loss_derivatives(name: str, tokens: bool) -> None:
     hessians = torch.stack([loss.entry_hessian_product(O, Y, basis[j].expand_as(O)) for j in range(c)], -1)
     weights = a.view(-1, *[1] * (hessians.ndim - 1))
     close(loss.mean_hessian(O, Y, a), (weights * hessians).reshape(-1, c, c).sum(0))
+    close(loss.entry_curvature(O, Y), hessians.diagonal(dim1=-2, dim2=-1))
+    flat = hessians.reshape(-1, c, c)
+    assert loss.constant_curvature == bool(torch.allclose(flat, flat[:1].expand_as(flat)))
+    assert loss.shift_free == bool(flat.sum(-1).abs().max() < 1e-12)
 
 
 @every_loss

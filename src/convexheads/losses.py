@@ -48,6 +48,10 @@ class Loss(ABC):
     """A convex loss of the outputs of one token or one pooled sample, weighted and summed."""
 
     name: str
+    constant_curvature: bool = False
+    """True if the Hessian of l is the same everywhere."""
+    shift_free: bool = False
+    """True if l(o + t 1) = l(o) for every t, up to a multiple of t."""
 
     @abstractmethod
     def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
@@ -68,6 +72,10 @@ class Loss(ABC):
     @abstractmethod
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         """sum_i a_i of the Hessians (c, c), over tokens too: what preconditioners use."""
+
+    @abstractmethod
+    def entry_curvature(self, O: Tensor, Y: Tensor) -> Tensor:
+        """Diagonal of the Hessian of l at o, shape of ``O``."""
 
     @abstractmethod
     def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
@@ -127,6 +135,7 @@ class CrossEntropy(Loss):
     """
 
     name = "cross_entropy"
+    shift_free = True
 
     def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
         # Targets sum to one: this is logsumexp(o) - <t, o> without its cancellation.
@@ -153,6 +162,10 @@ class CrossEntropy(Loss):
         root = p.sqrt()
         return root * D - p * (root * D).sum(-1, keepdim=True)
 
+    def entry_curvature(self, O: Tensor, Y: Tensor) -> Tensor:
+        p = torch.softmax(O, -1)
+        return p * (1 - p)
+
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         p = torch.softmax(O, -1)
         weighted = (p * _expand(a, O)).reshape(-1, O.shape[-1])
@@ -178,6 +191,7 @@ class Squared(Loss):
     """Half the squared distance: l(o, y) = (1/2) ||o - y||^2, l*(g) = (1/2) ||g||^2 + <g, y>."""
 
     name = "squared"
+    constant_curvature = True
 
     def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
         return 0.5 * (O - Y).square().sum(-1)
@@ -190,6 +204,9 @@ class Squared(Loss):
 
     def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
         return D
+
+    def entry_curvature(self, O: Tensor, Y: Tensor) -> Tensor:
+        return torch.ones_like(O)
 
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         tokens = O[0, ..., 0].numel()
@@ -230,6 +247,10 @@ class MultiLabelLogistic(Loss):
         p = torch.sigmoid(O)
         return (p * (1 - p)).sqrt() * D
 
+    def entry_curvature(self, O: Tensor, Y: Tensor) -> Tensor:
+        p = torch.sigmoid(O)
+        return p * (1 - p)
+
     def mean_hessian(self, O: Tensor, Y: Tensor, a: Tensor) -> Tensor:
         p = torch.sigmoid(O)
         return torch.diag((p * (1 - p) * _expand(a, O)).reshape(-1, O.shape[-1]).sum(0))
@@ -259,6 +280,7 @@ class SharedLoss(Loss):
 
     def __init__(self, own: Loss, world: World) -> None:
         self.name, self.own, self.world = own.name, own, world
+        self.constant_curvature, self.shift_free = own.constant_curvature, own.shift_free
 
     def entry_value(self, O: Tensor, Y: Tensor) -> Tensor:
         return self.own.entry_value(O, Y)
@@ -271,6 +293,9 @@ class SharedLoss(Loss):
 
     def hessian_root_product(self, O: Tensor, Y: Tensor, D: Tensor) -> Tensor:
         return self.own.hessian_root_product(O, Y, D)
+
+    def entry_curvature(self, O: Tensor, Y: Tensor) -> Tensor:
+        return self.own.entry_curvature(O, Y)
 
     def entry_conjugate(self, G: Tensor, Y: Tensor) -> Tensor:
         return self.own.entry_conjugate(G, Y)

@@ -28,7 +28,7 @@ from torch import Tensor
 from convexheads.errors import DataError, InputError, describe
 
 CACHE_BYTES = 3 * 2**30
-WORKSPACE = 2**20
+WORKSPACE = 2**19
 READ_BYTES = 64 * 2**20
 SMALLEST = 8 * 2**20
 """Bytes below which a limit is refused: no chunk of anything would fit."""

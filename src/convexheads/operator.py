@@ -101,8 +101,9 @@ class Component:
     def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to v: (m, k, c)."""
         if by_feature(T):
-            return (T.mT.flatten(1).mT @ L).view(T.shape[2], T.shape[1], L.shape[1]).transpose(0, 1)
-        return (T.flatten(1).mT @ L).view(T.shape[1], T.shape[2], L.shape[1])
+            return (L.mT @ T.mT.flatten(1)).mT.view(T.shape[2], T.shape[1], L.shape[1]).transpose(0, 1)
+        # L first: libraries copy a transposed first factor, and L is the smaller one.
+        return (L.mT @ T.flatten(1)).mT.view(T.shape[1], T.shape[2], L.shape[1])
 
     def adjoint_features(self, T: Tensor, v: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to T, in its layout: (rows, m, k)."""

@@ -112,6 +112,8 @@ class Architecture:
     """(activation, pooled) -> a cheaper form with the same outputs and norms."""
     joint: ClassVar[bool] = False
     """True for a form with :meth:`joint_adjoint`: what its gates select shares most of the work."""
+    outer_gradients: ClassVar[bool] = False
+    """True for a form with :meth:`outer_gradient`: a sample's gradient in u_j, seen as ``u_matrix``, has rank one."""
     rectified: ClassVar[bool] = False
     """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 
@@ -215,6 +217,26 @@ class Architecture:
         with torch.enable_grad():
             T = self.unit_features(stats, u, gate)
         return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
+
+    def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:
+        """Every sample's own gradient of <unit features, cotangent> in u: (n, m, *u_shape).
+
+        ``cotangent`` has the entries of the unit features. Override where there is a cheaper way.
+        """
+
+        def features(stat: Stats, weights: Tensor) -> Tensor:
+            return self.unit_features(tuple(t[None] for t in stat), weights, gate)[0]
+
+        # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
+        copies = u.expand(len(stats[0]), *u.shape).detach().requires_grad_()
+        with torch.enable_grad():
+            T = torch.vmap(features)(stats, copies)
+        (found,) = torch.autograd.grad(T, copies, cotangent.view(T.shape))
+        return found
+
+    def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, a) and w (n, m, b): :meth:`sample_gradients` of unit j is x w_j^T where ``outer_gradients`` says so."""
+        raise NotImplementedError
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         """``unit_features`` of the unit vectors e_rows of u's space: override where that is cheaper."""

@@ -44,6 +44,9 @@ class PooledLinearMixer(Architecture):
 
         return self.unit_features(stats, u, gate), pull
 
+    def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:
+        return (cotangent.view(len(stats[0]), len(u), -1) @ stats[0]) * self.tokens**-0.5
+
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, :, rows].mT * self.tokens**-0.5
 

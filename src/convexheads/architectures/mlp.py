@@ -26,9 +26,13 @@ class PooledLinearMLP(_Perceptron, VectorForm):
     """The mean over rows of X w1 w2^T is (xbar^T w1) w2^T, with xbar the mean token."""
 
     name = "mlp"
+    outer_gradients = True
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         return (X.mean(1),)
+
+    def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        return stats[0], cotangent
 
 
 class PooledGatedMLP(_Perceptron, GatedVectorForm):

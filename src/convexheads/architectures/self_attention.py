@@ -43,6 +43,7 @@ class PooledLinearSelfAttention(_Pooled):
     """Mean over rows of (X W1 X^T) X W2 = xbar^T W1 G W2, with xbar the mean token and G = X^T X."""
 
     name = "self_attention"
+    outer_gradients = True
 
     @property
     def workspace(self) -> int:
@@ -66,6 +67,10 @@ class PooledLinearSelfAttention(_Pooled):
             return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
 
         return self.unit_features(stats, u, gate), pull
+
+    def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        mean, gram = stats
+        return mean, cotangent @ gram
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         mean, gram = stats

@@ -26,6 +26,7 @@ from convexheads.certificate import (
     rescaled_bound,
 )
 from convexheads.problem import Problem
+from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS, MEMORY, Apply
 from convexheads.solvers.preconditioner import Preconditioner
@@ -105,6 +106,11 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
         count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
+
+
+def largest_product(problem: Problem) -> float:
+    """Multiplications of the product of unit features and values, about."""
+    return problem.local * max(FEW_UNITS * c.form.value_width * c.width for c in problem.components)
 
 
 def quick(problem: Problem, counts: list[int]) -> bool:
@@ -832,11 +838,12 @@ def solve_factored(
     prove : False ends with an estimated gap, not certified, and saves the time of the proof: for the steps of a path.
     resumed : whether ``init`` is where a solve of this very problem was: then no new units are tried first.
     """
-    state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
-    if init is not None and resumed:
-        return state.run(init.to(problem.dtype))
-    if init is None:
-        return state.run(state.first_guess(initial_units(problem, max_rank)), cold=True)
-    if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):
-        return state.run(state.second_guess(init))
-    return state.run(init, warm=True)
+    with fast_products(largest_product(problem)):
+        state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
+        if init is not None and resumed:
+            return state.run(init.to(problem.dtype))
+        if init is None:
+            return state.run(state.first_guess(initial_units(problem, max_rank)), cold=True)
+        if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):
+            return state.run(state.second_guess(init))
+        return state.run(init, warm=True)

@@ -1,35 +1,49 @@
-"""Kronecker-factored preconditioner for the factored objective.
+"""Block-diagonal preconditioner for the factored objective.
 
-The Gauss-Newton matrix of f( sum_j T(u_j) v_j ) is approximated by one block for v and one for u of every
+The Gauss-Newton matrix of f( sum_j T(u_j) v_j + b ) is approximated by one block for v and one for u of every
 component (in the spirit of K-FAC: Martens and Grosse 2015):
 
-* v: (sum_i a_i T_i T_i^T) (x) (mean Hessian of the loss) + beta w I, exact up to the independence of T and Hessian;
+* v, after the intercept b is eliminated: for losses of constant curvature (sum_i a_i t_i t_i^T) (x) H + beta w I,
+  exactly; for others one moment an output, in which the samples that matter most are exact
+  (:class:`OutputwiseInverse`);
 * u: the second moment of per-sample gradients, with residuals drawn so that their second moment is the Hessian;
   in full where it is small, else as left (x) right / trace over u seen as a matrix.
 
-Each is inverted exactly through eigenvectors, damping included.
+Rows t_i of features count from their mean, weighted by curvature, where there is an intercept: tokens with a constant
+entry make features that are all but collinear with it, and blocks that know nothing of each other would take each
+for as stiff as both are together.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
 
+from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
 from convexheads.problem import Problem
+from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
 from convexheads.types import Factors, Units
 
-FULL_SIZE = 768
+FULL_SIZE = 1024
 GROUP_SIZE = 1024
 SAMPLES = 1024
 """Samples that moments are taken over."""
 MOST_SAMPLES = 4096
-"""The same where they cost little: gradients of ``CHEAP_NUMBERS`` at most in all."""
+"""The same where they cost little: gradients of ``CHEAP_NUMBERS`` at most in all ..."""
 CHEAP_NUMBERS = 2**23
+CHEAP_WORK = 10**10
+"""... and more where moments of the features take no more multiplications than this ..."""
+MOST_OUTPUTS = 2**24
+"""... and their outputs are no more numbers than this."""
+HEAVY = 100
+"""Rows of an output's moment that are exact ..."""
+HEAVY_NUMBERS = 2**25
+"""... and the most numbers that those of all outputs hold."""
 COMBINATIONS = 3
 """Random combinations of the rows of a sample's gradient that stand for all of them."""
 ROWS_PER_COLUMN = 6
@@ -44,22 +58,25 @@ def group_size(problem: Problem, columns: int) -> int:
     if limit is None:
         return GROUP_SIZE
     # One matrix with its eigenvectors, and the moments, eigenvectors and scales of all groups together.
-    return max(16, min(GROUP_SIZE, math.isqrt(limit // 256), limit // (96 * max(1, columns))))
+    return max(16, min(GROUP_SIZE, isqrt(limit // 256), limit // (96 * max(1, columns))))
 
 
-class KroneckerInverse:
-    """(left (x) right + damping I)^{-1} for symmetric positive semidefinite left (a, a), right (b, b)."""
+def feature_groups(problem: Problem, units: Units) -> list[int]:
+    """Groups of whole units whose stacked features stay small enough for an eigendecomposition: columns of each."""
+    m, k = units.v.shape[:2]
+    per = max(1, group_size(problem, m * k) // k)
+    return [k * min(per, m - i) for i in range(0, m, per)]
 
-    def __init__(self, left: Tensor, right: Tensor, damping: float) -> None:
-        self.left_values, self.left_vectors = torch.linalg.eigh(left)
-        self.right_values, self.right_vectors = torch.linalg.eigh(right)
-        outer = self.left_values.clamp_min(0)[:, None] * self.right_values.clamp_min(0)[None, :]
-        self.scale = 1.0 / (outer + damping)
 
-    def __call__(self, matrix: Tensor) -> Tensor:
-        """Apply to ``matrix`` (..., a, b)."""
-        inner = self.left_vectors.mT @ matrix @ self.right_vectors
-        return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
+def sample_count(problem: Problem, factors: Factors) -> int:
+    """Samples that moments are taken over."""
+    numbers = max((units.u.numel() for units in factors.units if units.u is not None), default=1)
+    count = min(MOST_SAMPLES, max(SAMPLES, CHEAP_NUMBERS // max(1, numbers)))
+    work = sum(size * size for units in factors.units for size in feature_groups(problem, units))
+    outputs = problem.targets[:1].numel()
+    limit = problem.budget.limit
+    most = MOST_OUTPUTS if limit is None else min(MOST_OUTPUTS, limit // 64)
+    return min(problem.n, max(count, min(CHEAP_WORK // max(1, work), most // outputs)))
 
 
 @dataclass
@@ -77,6 +94,11 @@ class Samples:
     weights: Tensor
     noise: Tensor
 
+    @property
+    def rows(self) -> int:
+        """Rows of outputs a sample."""
+        return self.targets.shape[1:-1].numel()
+
 
 class Preconditioner:
     """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients."""
@@ -84,24 +106,18 @@ class Preconditioner:
     def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
-        sample = self._sample(problem, factors, generator)
+        count = sample_count(problem, factors)
+        sample = torch.arange(problem.n)
+        if count < problem.n:
+            sample = torch.randperm(problem.n, generator=generator)[:count].sort().values
         index, place = problem.own_samples(sample)
         Y, a = problem.targets_of(index, dtype)
         total = problem.world.sum(a.sum()).clamp_min(torch.finfo(dtype).tiny)
-        a = a / total
         # Drawn for the samples of all workers, so that each sample has the same noise wherever it is.
         noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
         with torch.no_grad():
-            samples = Samples(index, place, len(sample), Y, a, noise.to(problem.device))
+            samples = Samples(index, place, len(sample), Y, a / total, noise.to(problem.device))
             self._build(problem, factors, samples, dtype, generator)
-
-    @staticmethod
-    def _sample(problem: Problem, factors: Factors, generator: torch.Generator) -> Tensor:
-        numbers = max((units.u.numel() for units in factors.units if units.u is not None), default=1)
-        count = min(MOST_SAMPLES, max(SAMPLES, CHEAP_NUMBERS // max(1, numbers)))
-        if problem.n <= count:
-            return torch.arange(problem.n)
-        return torch.randperm(problem.n, generator=generator)[:count].sort().values
 
     def _build(
         self,
@@ -112,96 +128,228 @@ class Preconditioner:
         generator: torch.Generator,
     ) -> None:
         step = problem.chunk_rows(max(1, factors.n_units))
-        feature_moments = [
-            [torch.zeros(size, size, dtype=dtype, device=problem.device) for size in self._v_sizes(units)]
-            for units in factors.units
-        ]
-        hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
-        u_blocks = [
+        centred = factors.intercept is not None
+        self.v_blocks = [VBlocks(problem, k, units, centred) for k, units in enumerate(factors.units)]
+        self.u_blocks = [
             None if units.u is None or not len(units.u) else UBlocks(problem, k, units, samples.count, generator)
             for k, units in enumerate(factors.units)
         ]
-        rows_per_sample = samples.targets[..., 0].numel() // max(1, len(samples.targets))
-        strides = [1 if blocks is None else blocks.stride for blocks in u_blocks]
+        hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
+        curvatures = []
         for part in split_rows(len(samples.index), step):
             stats = problem.stats_of(samples.index[part], dtype)
             targets, weights = samples.targets[part], samples.weights[part]
             features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
             O = problem.combine(factors, features, targets.shape[:-1])
-            row_weights = weights.repeat_interleave(rows_per_sample)
+            row_weights = weights.repeat_interleave(samples.rows)
             hessian += problem.own_loss.mean_hessian(O, targets, weights)
-            for k, T in enumerate(features):
-                for moment, block in zip(
-                    feature_moments[k], T.flatten(1).split(self._v_sizes(factors.units[k]), 1), strict=True
-                ):
-                    moment += block.mT @ (block * row_weights[:, None])
+            if not problem.loss.constant_curvature:
+                curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
+                curvatures.append(curvature * row_weights[:, None])
+            for T, blocks in zip(features, self.v_blocks, strict=True):
+                blocks.add(T.flatten(1), row_weights)
             E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(len(O), -1, problem.outputs)
-            for blocks, stride, stat, component, units in zip(
-                u_blocks, strides, stats, problem.components, factors.units, strict=True
+            for u_blocks, stat, component, units in zip(
+                self.u_blocks, stats, problem.components, factors.units, strict=True
             ):
-                if blocks is not None:
-                    chosen = (samples.place[part] % stride == 0).nonzero()[:, 0].to(E.device)
+                if u_blocks is not None:
+                    place = samples.place[part]
+                    chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
+                    place, chosen = place[chosen], chosen.to(E.device)
                     thin = tuple(t[chosen] for t in stat)
-                    signs = blocks.signs[samples.place[part][chosen.cpu()]].to(E.device, dtype)
-                    blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen] * stride, signs)
-        hessian = problem.world.sum(hessian) / rows_per_sample
-        feature_moments = [problem.world.sum_all(moments) for moments in feature_moments]
-        self.v_inverses = []
-        for component, moments in zip(problem.components, feature_moments, strict=True):
-            curvature = hessian[component.outputs, component.outputs]
-            damping = problem.penalty_weight(component)
-            self.v_inverses.append([KroneckerInverse(moment, curvature, damping) for moment in moments])
-        self.u_blocks = u_blocks
-        self.v_shapes = [units.v.shape for units in factors.units]
+                    u_blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen], place)
+        hessian = problem.world.sum(hessian)
+        for blocks in self.v_blocks:
+            blocks.share(problem.world)
+        if problem.loss.constant_curvature:
+            for blocks in self.v_blocks:
+                blocks.finish(hessian / samples.rows)
+        else:
+            self._outputwise(problem, factors, samples, torch.cat(curvatures), step)
         self.u_sizes = [0 if units.u is None else units.u.numel() for units in factors.units]
-        for blocks, component in zip(u_blocks, problem.components, strict=True):
-            if blocks is not None:
-                blocks.share(problem)
-                blocks.finish(problem.penalty_weight(component))
-        self.intercept_inverse = None
-        if factors.intercept is not None:
-            full = hessian * rows_per_sample
-            self.intercept_inverse = torch.linalg.pinv(full, hermitian=True, rtol=1e-5)
+        for u_blocks, component in zip(self.u_blocks, problem.components, strict=True):
+            if u_blocks is not None:
+                u_blocks.share(problem.world)
+                u_blocks.finish(problem.penalty_weight(component))
+        self.intercept_inverse = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if centred else None
 
-    def _v_sizes(self, units: Units) -> list[int]:
-        """Groups of whole units whose stacked features stay small enough for an eigendecomposition."""
-        m, k = units.v.shape[:2]
-        per = max(1, group_size(self.problem, m * k) // k)
-        return [k * min(per, m - i) for i in range(0, m, per)]
+    def _outputwise(self, problem: Problem, factors: Factors, samples: Samples, curvature: Tensor, step: int) -> None:
+        """Second pass over the samples: moments of the v blocks output by output."""
+        columns = sum(blocks.columns for blocks in self.v_blocks)
+        most = HEAVY_NUMBERS if problem.budget.limit is None else min(HEAVY_NUMBERS, problem.budget.limit // 64)
+        count = min(HEAVY, most // max(1, problem.outputs * columns))
+        heavy = HeavyRows(curvature, min(count, samples.count * samples.rows), problem.world)
+        for blocks in self.v_blocks:
+            blocks.start_outputs(heavy)
+        start = 0
+        for part in split_rows(len(samples.index), step):
+            stats = problem.stats_of(samples.index[part], curvature.dtype)
+            for component, stat, units, blocks in zip(
+                problem.components, stats, factors.units, self.v_blocks, strict=True
+            ):
+                T = component.features(stat, units).flatten(1)
+                blocks.add_outputs(T, slice(start, start + len(T)), curvature, heavy)
+            start += samples.rows * (part.stop - part.start)
+        total = problem.world.sum(curvature.sum(0))
+        for blocks in self.v_blocks:
+            blocks.finish_outputs(problem.world, heavy, total)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Approximate inverse times each row of ``vectors`` (r, number of variables), in the order of Factors.flat."""
         found = torch.empty_like(vectors)
-        start = 0
-
-        def take(size: int) -> tuple[Tensor, Tensor]:
-            nonlocal start
-            part = slice(start, start + size)
-            start += size
-            return vectors[:, part], found[:, part]
-
-        for shape, u_size, inverses, blocks in zip(
-            self.v_shapes, self.u_sizes, self.v_inverses, self.u_blocks, strict=True
-        ):
-            if u_size:
-                given, into = take(u_size)
-                if blocks is not None:
-                    blocks.apply(given, into)
-            for inverse in inverses:
-                given, into = take(len(inverse.left_values) * shape[-1])
-                into.copy_(inverse(given.view(len(given), -1, shape[-1])).flatten(1))
+        intercept = None
         if self.intercept_inverse is not None:
-            given, into = take(len(self.intercept_inverse))
-            into.copy_(given @ self.intercept_inverse)
+            size = len(self.intercept_inverse)
+            intercept, moved = vectors[:, -size:], found[:, -size:]
+            moved.copy_(intercept @ self.intercept_inverse)
+        start = 0
+        for u_size, v_blocks, u_blocks in zip(self.u_sizes, self.v_blocks, self.u_blocks, strict=True):
+            if u_blocks is not None:
+                u_blocks.apply(vectors[:, start : start + u_size], found[:, start : start + u_size])
+            start += u_size
+            part = slice(start, start + v_blocks.numbers)
+            start += v_blocks.numbers
+            shift = v_blocks.apply(vectors[:, part], found[:, part], intercept)
+            if intercept is not None:
+                moved[:, v_blocks.component.outputs] -= shift
         return found
+
+
+class HeavyRows:
+    """The rows of largest curvature of every output, over all workers.
+
+    Parameters
+    ----------
+    curvature : of the rows of this worker, (rows, c).
+    count : how many are wanted of an output.
+
+    Attributes
+    ----------
+    root : root of the curvature of those that are here, (c, count), zero where they are not.
+    """
+
+    def __init__(self, curvature: Tensor, count: int, world: World) -> None:
+        outputs = curvature.shape[1]
+        held = min(count, len(curvature))
+        values, rows = curvature.topk(held, 0)
+        gathered = values.new_full((world.size, count, outputs), 0.0)
+        gathered[world.rank, :held] = values
+        order = world.sum(gathered).flatten(0, 1).sort(stable=True, dim=0, descending=True).indices[:count]
+        local = order - world.rank * count
+        slot, output = ((local >= 0) & (local < held)).nonzero().unbind(1)
+        local = local[slot, output]
+        self.count, self.outputs = count, outputs
+        self.root = values.new_zeros(outputs, count)
+        self.root[output, slot] = values[local, output].sqrt()
+        self._row, by_row = rows[local, output].sort()
+        self._place = output[by_row], slot[by_row]
+
+    def among(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of consecutive rows those that are heavy, counted from the first one, with their outputs and slots."""
+        bounds = torch.tensor([rows.start, rows.stop], device=self._row.device)
+        first, last = torch.searchsorted(self._row, bounds).tolist()
+        output, slot = self._place
+        return self._row[first:last] - rows.start, output[first:last], slot[first:last]
+
+
+class VBlocks:
+    """The v part of the preconditioner for one component, over groups of units."""
+
+    def __init__(self, problem: Problem, k: int, units: Units, centred: bool) -> None:
+        self.component, self.centred = problem.components[k], centred
+        self.damping = problem.penalty_weight(self.component)
+        self.shift_free = problem.loss.shift_free and self.component.width == problem.outputs
+        self.sizes = feature_groups(problem, units)
+        self.columns, self.numbers = sum(self.sizes), units.v.numel()
+        self.moments = [units.v.new_zeros(size, size) for size in self.sizes]
+        self.inverses: list[KroneckerInverse | OutputwiseInverse] = []
+        self.mean: Tensor | None = None
+        # Sum of the weighted rows, and of the weights.
+        self.first = units.v.new_zeros(self.columns)
+        self.total = units.v.new_zeros(())
+
+    def add(self, T: Tensor, weights: Tensor) -> None:
+        """Take in rows of features T (rows, D) with their weights (rows,)."""
+        for moment, block in zip(self.moments, T.split(self.sizes, 1), strict=True):
+            moment += block.mT @ (block * weights[:, None])
+        self.first += weights @ T
+        self.total += weights.sum()
+
+    def share(self, world: World) -> None:
+        """Take in the moments of the other workers' samples."""
+        *self.moments, self.first, self.total = world.sum_all([*self.moments, self.first, self.total])
+
+    def finish(self, hessian: Tensor) -> None:
+        """The inverses for a loss whose mean Hessian is that of every row."""
+        curvature = hessian[self.component.outputs, self.component.outputs]
+        mean = self.first / self.total
+        if self.centred:
+            self.mean = mean[:, None].expand(-1, self.component.width)
+            for moment, own in zip(self.moments, mean.split(self.sizes), strict=True):
+                moment.addr_(own, own, alpha=-float(self.total))
+        self.inverses = [KroneckerInverse(moment, curvature, self.damping) for moment in self.moments]
+        del self.moments
+
+    def start_outputs(self, heavy: HeavyRows) -> None:
+        """Begin the second pass, in the eigenbases of the mean moments."""
+        self.bases = [torch.linalg.eigh(moment).eigenvectors for moment in self.moments]
+        del self.moments
+        like, c = self.first, self.component.width
+        self.heavy = [like.new_zeros(c, heavy.count, size) for size in self.sizes]
+        self.means = [like.new_zeros(size, c) for size in self.sizes]
+        self.squares = [like.new_zeros(size, c) for size in self.sizes]
+
+    def add_outputs(self, T: Tensor, rows: slice, curvature: Tensor, heavy: HeavyRows) -> None:
+        """Take in rows of features T (rows, D) of which ``curvature[rows]`` are the curvatures (rows, c)."""
+        own = self.component.outputs
+        weights = curvature[rows, own]
+        chosen, output, slot = heavy.among(rows)
+        inside = (output >= own.start) & (output < own.stop)
+        chosen, output, slot = chosen[inside], output[inside] - own.start, slot[inside]
+        for g, (basis, block) in enumerate(zip(self.bases, T.split(self.sizes, 1), strict=True)):
+            turned = block @ basis
+            self.means[g] += turned.mT @ weights
+            self.squares[g] += turned.square().mT @ weights
+            self.heavy[g][output, slot] = turned[chosen]
+
+    def finish_outputs(self, world: World, heavy: HeavyRows, total: Tensor) -> None:
+        """The inverses for a loss whose curvature differs from row to row; ``total`` curvature of all rows (c,)."""
+        total = total[self.component.outputs].clamp_min(torch.finfo(total.dtype).tiny)
+        root = heavy.root[self.component.outputs]
+        means = []
+        for g, basis in enumerate(self.bases):
+            mean, square = world.sum_all([self.means[g], self.squares[g]])
+            mean = mean / total if self.centred else torch.zeros_like(mean)
+            rows = (self.heavy[g] - mean.mT[:, None]) * root[..., None]
+            rows = world.sum(rows)
+            rest = square - total * mean.square() - rows.square().sum(1).mT
+            self.inverses.append(OutputwiseInverse(basis, rows, rest, self.damping, self.shift_free))
+            means.append(basis @ mean)
+        self.mean = torch.cat(means) if self.centred else None
+        del self.bases, self.heavy, self.means, self.squares
+
+    def apply(self, vectors: Tensor, into: Tensor, intercept: Tensor | None) -> Tensor:
+        """Write the inverse times each row of ``vectors`` (r, D c) to ``into``.
+
+        ``intercept`` (r, outputs) is the intercept's part of the same rows. Returns how the intercept has to give
+        way to what was found: (r, c).
+        """
+        own = vectors.view(len(vectors), -1, self.component.width)
+        if self.mean is not None and intercept is not None:
+            own = own - self.mean * intercept[:, None, self.component.outputs]
+        parts = [inverse(part) for inverse, part in zip(self.inverses, own.split(self.sizes, 1), strict=True)]
+        found = torch.cat(parts, 1) if parts else own
+        into.copy_(found.flatten(1))
+        return found.new_zeros(()) if self.mean is None else (self.mean * found).sum(1)
 
 
 class UBlocks:
     """The u part of the preconditioner for one component, over groups of units.
 
     With G (a, b m) the gradient of one sample in a group's u, the Kronecker factors are the means of G G^T and of
-    G^T G. The latter is taken from a few combinations r^T G with random signs r, for which E[r r^T] is the identity:
-    the rows of one sample resemble each other, so that more samples tell more than more of their rows.
+    G^T G. Where G is an outer product both are exact and cost no more than a few products. Elsewhere the latter is
+    taken from a few combinations r^T G with random signs r, for which E[r r^T] is the identity: the rows of one
+    sample resemble each other, so that more samples tell more than more of their rows.
     """
 
     def __init__(self, problem: Problem, k: int, units: Units, samples: int, generator: torch.Generator) -> None:
@@ -231,30 +379,31 @@ class UBlocks:
             self.left = [like.new_zeros(a, a) for _ in self.groups]
             self.right = [like.new_zeros(b * (g.stop - g.start), b * (g.stop - g.start)) for g in self.groups]
         count = min(COMBINATIONS, a)
-        # Every how many samples suffice.
         columns = max(len(right) for right in self.right)
-        rows = max(64, ROWS_PER_COLUMN * columns // count, CHEAP_ROWS // self.numbers)
-        self.stride = 1 if self.full else max(1, samples // rows)
+        self.outer = self.component.form.outer_gradients and not self.full
+        if self.outer:
+            enough = CHEAP_WORK // sum(len(right) ** 2 for right in self.right)
+        else:
+            enough = max(64, ROWS_PER_COLUMN * columns // count, CHEAP_ROWS // self.numbers)
+        # Every how many samples suffice.
+        self.stride = max(1, samples // enough)
         # Drawn for all samples, as noise is.
         self.signs = torch.randint(0, 2, (samples, count, a), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
-    def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor, signs: Tensor) -> None:
-        """Add the second moments of these samples' gradients; residuals E (samples, s, c), signs (samples, r, a)."""
-        form, v, gate, u0 = self.component.form, units.v, units.gate, units.u
-        assert u0 is not None
-
-        def features(stat: tuple[Tensor, ...], u: Tensor) -> Tensor:
-            return form.unit_features(tuple(t[None] for t in stat), u, gate)[0]
-
-        rows = max(1, self.elements // u0.numel())
+    def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor, place: Tensor) -> None:
+        """Add the second moments of these samples' gradients; residuals E (samples, s, c)."""
+        form, v, gate, u = self.component.form, units.v, units.gate, units.u
+        assert u is not None
+        values = v.flatten(0, 1).mT
+        if self.outer:
+            x, w = form.outer_gradient(stats, (E @ values).view(len(E), *v.shape[:2]))
+            self._add_outer(x, w, weights)
+            return
+        signs = self.signs[place.cpu()].to(E.device, E.dtype)
+        rows = max(1, self.elements // u.numel())
         for i in range(0, len(E), rows):
             part = tuple(t[i : i + rows] for t in stats)
-            # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
-            copies = u0.expand(len(part[0]), *u0.shape).detach().requires_grad_()
-            with torch.enable_grad():
-                T = torch.vmap(features)(part, copies)
-            cotangent = (E[i : i + rows] @ v.flatten(0, 1).mT).view_as(T)
-            (G,) = torch.autograd.grad(T, copies, cotangent)
+            G = form.sample_gradients(part, u, gate, E[i : i + rows] @ values)
             G = G * weights[i : i + rows].sqrt().view(-1, *[1] * (G.ndim - 1))
             if self.full:
                 flat = G.flatten(1)
@@ -269,20 +418,29 @@ class UBlocks:
                 tall = (signs[i : i + rows] @ own).flatten(0, 1)
                 right += tall.mT @ (tall / signs.shape[1])
 
-    def share(self, problem: Problem) -> None:
-        """Take the moments of the other workers' samples in."""
-        whole = problem.world.sum_all([*self.left, *self.right]) if not self.full else []
+    def _add_outer(self, x: Tensor, w: Tensor, weights: Tensor) -> None:
+        """The same for gradients x w_j^T: x (samples, a), w (samples, m, b)."""
+        sizes = weights * x.square().sum(1)
+        for group, left, right in zip(self.groups, self.left, self.right, strict=True):
+            own = w[:, group].flatten(1)
+            left += x.mT @ (x * (weights * own.square().sum(1))[:, None])
+            right += own.mT @ (own * sizes[:, None])
+
+    def share(self, world: World) -> None:
+        """Take in the moments of the other workers' samples."""
         if self.full:
-            self.left = problem.world.sum_all(self.left)
-        else:
-            self.left, self.right = whole[: len(self.left)], whole[len(self.left) :]
+            self.left = world.sum_all(self.left)
+            return
+        whole = world.sum_all([*self.left, *self.right])
+        self.left, self.right = whole[: len(self.left)], whole[len(self.left) :]
 
     def finish(self, damping: float) -> None:
+        """The inverses of all groups."""
         self.inverses = []
         for left, right in zip(self.left, self.right, strict=True):
             if not self.full:
                 right = right / right.trace().clamp_min(torch.finfo(right.dtype).tiny)
-            self.inverses.append(KroneckerInverse(left, right, damping))
+            self.inverses.append(KroneckerInverse(left * self.stride, right, damping))
         del self.left, self.right
 
     def apply(self, vectors: Tensor, into: Tensor) -> None:

@@ -1,0 +1,71 @@
+"""Matrix products in float32 on processors where torch's default library for them leaves speed unused.
+
+Torch hands float32 products on a CPU to its BLAS, and, where lower precision is allowed, to oneDNN. On x86
+processors with 512-bit vectors but without bfloat16 tiles oneDNN has nothing lower to offer and computes in float32
+all the same, with the widest vectors there are, where MKL takes half of them on processors of other makers: twice the
+speed. Whether it does is not guessed but tried, once a process, on the products themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+EXACT = 2e-6
+"""Largest relative error of a product that is one of float32; a product of bfloat16 has about 2e-3."""
+SHAPES = ((300, 660, 100), (64, 64, 64), (37, 1500, 33))
+WORTH = 2_000_000
+"""Multiplications from which a product gains; calling oneDNN takes some microseconds longer."""
+
+
+def _setting() -> Any:
+    """What torch is told the precision of oneDNN's products through; None where it cannot be (torch before 2.9)."""
+    found = getattr(torch.backends.mkldnn, "matmul", None)
+    return found if hasattr(found, "fp32_precision") else None
+
+
+@contextlib.contextmanager
+def _through_onednn() -> Iterator[None]:
+    setting = _setting()
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+@functools.cache
+def exact_through_onednn() -> bool:
+    """Whether products that torch hands to oneDNN have the precision of float32 on this machine."""
+    if (
+        _setting() is None
+        or not torch.backends.mkldnn.is_available()
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in SHAPES:
+        a = torch.randn(4, rows, inner, generator=generator)
+        b = torch.randn(4, inner, columns, generator=generator)
+        with _through_onednn():
+            found = [a[0] @ b[0], a[0].mT.contiguous().mT @ b[0], a @ b]
+        exact = [a[0].double() @ b[0].double()] * 2 + [a.double() @ b.double()]
+        if any(float((x - y).norm()) > EXACT * float(y.norm()) for x, y in zip(found, exact, strict=True)):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def fast_products(multiplications: float = WORTH) -> Iterator[None]:
+    """In this block float32 products on the CPU run through oneDNN where that is as exact, and worth it.
+
+    ``multiplications`` is the size of a typical product of the block. A precision that the caller has set is kept.
+    """
+    worth = multiplications >= WORTH and exact_through_onednn() and _setting().fp32_precision == "none"
+    with _through_onednn() if worth else contextlib.nullcontext():
+        yield

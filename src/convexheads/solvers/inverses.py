@@ -1,0 +1,61 @@
+"""Inverses of approximate curvature matrices, applied to gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KroneckerInverse:
+    """(left (x) right + damping I)^{-1} for symmetric positive semidefinite left (a, a), right (b, b)."""
+
+    def __init__(self, left: Tensor, right: Tensor, damping: float) -> None:
+        self.left_values, self.left_vectors = torch.linalg.eigh(left)
+        self.right_values, self.right_vectors = torch.linalg.eigh(right)
+        outer = self.left_values.clamp_min(0)[:, None] * self.right_values.clamp_min(0)[None, :]
+        self.scale = 1.0 / (outer + damping)
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Apply to ``matrix`` (..., a, b)."""
+        inner = self.left_vectors.mT @ matrix @ self.right_vectors
+        return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
+
+
+class OutputwiseInverse:
+    """The inverse where every output b has a moment of its own, M_b = sum_i h_ib t_i t_i^T + damping I.
+
+    The samples that an output is uncertain of are few and alike, so that a Kronecker product, which has the mean
+    moment for all outputs, is off by factors of ten in both directions. Here the ``heavy`` rows t_i, of largest
+    curvature h_ib, are exact, and the rest is taken by the diagonal of its moment in a basis that all outputs share
+    (Woodbury's formula). Couplings between outputs are left out, but for the one that softmax always has: a common
+    shift of all outputs changes nothing, so that of a shift of v the damping is all the curvature there is.
+
+    Parameters
+    ----------
+    basis : orthonormal columns (D, D).
+    heavy : heavy rows in that basis times the roots of their curvature, (c, r, D).
+    rest : diagonal of the moment of all other rows in that basis, (D, c).
+    damping : added to every eigenvalue.
+    shift_free : whether the loss does not see a common shift of all outputs.
+    """
+
+    def __init__(self, basis: Tensor, heavy: Tensor, rest: Tensor, damping: float, shift_free: bool) -> None:
+        self.basis, self.damping, self.shift_free = basis, damping, shift_free
+        self.root = (rest.clamp_min(0) + damping).rsqrt()
+        scaled = heavy * self.root.mT[:, None]
+        inner = scaled @ scaled.mT
+        inner.diagonal(dim1=1, dim2=2).add_(1.0)
+        # (I + K^T K)^{-1} = I - K^T (I + K K^T)^{-1} K; the Cholesky factor of what is inverted is taken into K.
+        self.heavy = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled, upper=False)
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Apply to ``matrix`` (k, D, c)."""
+        shift = matrix.mean(-1, keepdim=True) if self.shift_free else None
+        inner = (self.basis.mT @ (matrix if shift is None else matrix - shift)) * self.root
+        if self.heavy.shape[1]:
+            columns = inner.permute(2, 1, 0)
+            inner = inner - (self.heavy.mT @ (self.heavy @ columns)).permute(2, 1, 0)
+        found = self.basis @ (inner * self.root)
+        if shift is None:
+            return found
+        return found.sub_(found.mean(-1, keepdim=True)).add_(shift, alpha=1.0 / self.damping)

@@ -1,0 +1,152 @@
+"""The preconditioner: inverses against dense ones, and exactness where the approximation leaves nothing out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contract_cases import Case, cases, make_setting, random_units
+from convexheads.distributed import ALONE
+from convexheads.problem import Problem
+from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
+from convexheads.solvers.preconditioner import HeavyRows, Preconditioner
+from convexheads.types import Factors
+
+CASES = list(cases())
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def preconditioner(problem: Problem, factors: Factors) -> Preconditioner:
+    return Preconditioner(problem, factors, torch.Generator().manual_seed(0))
+
+
+def test_kronecker_inverse() -> None:
+    A, B = normal(4, 9), normal(3, 8, seed=1)
+    left, right = A @ A.mT, B @ B.mT
+    dense = torch.linalg.inv(torch.kron(left, right) + 0.3 * torch.eye(12, dtype=torch.float64))
+    G = normal(2, 4, 3, seed=2)
+    torch.testing.assert_close(KroneckerInverse(left, right, 0.3)(G).flatten(1), G.flatten(1) @ dense)
+
+
+@pytest.mark.parametrize("count", [0, 3, 11])
+def test_outputwise_inverse(count: int) -> None:
+    """Heavy rows are exact, the rest counts by its diagonal: one dense matrix an output."""
+    D, c = 5, 4
+    basis = torch.linalg.qr(normal(D, D)).Q
+    heavy, rest = normal(c, count, D, seed=1), normal(D, c, seed=2).square()
+    inverse = OutputwiseInverse(basis, heavy, rest, 0.2, shift_free=False)
+    G = normal(3, D, c, seed=3)
+    for b in range(c):
+        inner = heavy[b].mT @ heavy[b] + torch.diag(rest[:, b] + 0.2)
+        dense = torch.linalg.inv(basis @ inner @ basis.mT)
+        torch.testing.assert_close(inverse(G)[..., b], G[..., b] @ dense)
+
+
+def test_a_common_shift_meets_the_damping_alone() -> None:
+    inverse = OutputwiseInverse(torch.eye(5).double(), normal(4, 3, 5), normal(5, 4).square(), 0.2, shift_free=True)
+    G = normal(2, 5, 1).expand(-1, -1, 4)
+    torch.testing.assert_close(inverse(G), G / 0.2)
+    # What has no shift gets none.
+    H = normal(2, 5, 4, seed=1)
+    H = H - H.mean(-1, keepdim=True)
+    torch.testing.assert_close(inverse(H).mean(-1), torch.zeros(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", ["squared", "multilabel_logistic"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_linear_head_is_inverted_exactly(loss: str, pooled: bool) -> None:
+    """One block, outputs that do not couple, every row heavy: the Hessian itself, intercept included."""
+    problem = make_setting(Case("linear", loss=loss, pooled=pooled, n=9, c=3), beta=0.05).problem
+    factors = random_units(problem)
+    x = factors.flat()
+
+    def gradient(at: Tensor) -> Tensor:
+        return problem.flat_value_and_gradient(factors, at)[1]
+
+    step = 1e-5
+    basis = torch.eye(len(x), dtype=torch.float64)
+    hessian = torch.stack([(gradient(x + step * e) - gradient(x - step * e)) / (2 * step) for e in basis])
+    found = preconditioner(problem, factors).apply(hessian)
+    torch.testing.assert_close(found, basis, rtol=0, atol=1e-6)
+
+
+@every_case
+def test_it_is_symmetric_and_positive(case: Case) -> None:
+    for loss in ("squared", "cross_entropy", "multilabel_logistic"):
+        if loss == "cross_entropy" and case.c == 1:
+            continue
+        problem = make_setting(replace(case, loss=loss)).problem
+        factors = random_units(problem)
+        size = len(factors.flat())
+        matrix = preconditioner(problem, factors).apply(torch.eye(size, dtype=torch.float64))
+        torch.testing.assert_close(matrix, matrix.mT, rtol=1e-8, atol=1e-8 * float(matrix.abs().max()))
+        values = torch.linalg.eigvalsh(matrix)
+        # Softmax does not see a common shift of the intercept.
+        flat = int(loss == "cross_entropy" and factors.intercept is not None)
+        assert bool((values[flat:] > 0).all())
+        assert float(values[:flat].abs().sum()) <= 1e-8 * float(values[-1])
+
+
+@every_case
+def test_gradients_of_samples_add_up(case: Case) -> None:
+    problem = make_setting(case).problem
+    factors = random_units(problem)
+    for component, units in zip(problem.components, factors.units, strict=True):
+        if units.u is None:
+            continue
+        stats = component.stats(problem.tokens_of(component.branch, slice(0, problem.n)), torch.float64)
+        cotangent = normal(*component.form.unit_features(stats, units.u, units.gate).shape)
+        found = component.form.sample_gradients(stats, units.u, units.gate, cotangent)
+        for chosen in (slice(None), slice(0, 1), slice(3, 4)):
+            some = torch.zeros_like(cotangent)
+            some[chosen] = cotangent[chosen]
+            _, pull = component.form.features_and_pullback(stats, units.u, units.gate)
+            torch.testing.assert_close(found[chosen].sum(0), pull(some))
+        if component.form.outer_gradients:
+            x, w = component.form.outer_gradient(stats, cotangent)
+            outer = x[:, None, :, None] * w[:, :, None, :]
+            torch.testing.assert_close(outer.flatten(2), found.flatten(2))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+def test_heavy_rows(count: int) -> None:
+    curvature = normal(9, 3).square()
+    heavy = HeavyRows(curvature, count, ALONE)
+    assert heavy.root.shape == (3, count)
+    seen = torch.zeros_like(heavy.root)
+    for rows in (slice(0, 4), slice(4, 5), slice(5, 9)):
+        chosen, output, slot = heavy.among(rows)
+        seen[output, slot] = curvature[rows][chosen, output]
+    torch.testing.assert_close(seen, curvature.sort(0, descending=True).values[:count].mT)
+    torch.testing.assert_close(heavy.root, seen.sqrt())
+
+
+class HalfWorld:
+    """A worker of two whose other half is known: sums are those of both."""
+
+    size = 2
+
+    def __init__(self, rank: int, halves: list[Tensor], count: int) -> None:
+        self.rank = rank
+        self.whole = torch.stack([half.topk(min(count, len(half)), 0).values for half in halves])
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        assert torch.equal(tensor[self.rank], self.whole[self.rank])
+        assert not bool(tensor[1 - self.rank].any())
+        return self.whole
+
+
+def test_heavy_rows_of_two_workers_are_those_of_one() -> None:
+    curvature, count = normal(12, 3).square(), 4
+    halves = [curvature[:5], curvature[5:]]
+    roots = [HeavyRows(half, count, HalfWorld(rank, halves, count)).root for rank, half in enumerate(halves)]  # type: ignore[arg-type]
+    assert bool(((roots[0] == 0) | (roots[1] == 0)).all())
+    torch.testing.assert_close(sum(roots), HeavyRows(curvature, count, ALONE).root)
