@@ -40,7 +40,7 @@ CHEAP_WORK = 10**10
 """... and more where moments of the features take no more multiplications than this ..."""
 MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""
-HEAVY = 100
+HEAVY = 64
 """Rows of an output's moment that are exact ..."""
 HEAVY_NUMBERS = 2**25
 """... and the most numbers that those of all outputs hold."""
