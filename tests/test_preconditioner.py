@@ -12,6 +12,7 @@ from torch import Tensor
 from contract_cases import Case, cases, make_setting, random_units
 from convexheads.distributed import ALONE
 from convexheads.problem import Problem
+from convexheads.solvers import preconditioner as module
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
 from convexheads.solvers.preconditioner import HeavyRows, Preconditioner
 from convexheads.types import Factors
@@ -62,8 +63,9 @@ def test_a_common_shift_meets_the_damping_alone() -> None:
 
 @pytest.mark.parametrize("loss", ["squared", "multilabel_logistic"])
 @pytest.mark.parametrize("pooled", [True, False])
-def test_a_linear_head_is_inverted_exactly(loss: str, pooled: bool) -> None:
+def test_a_linear_head_is_inverted_exactly(loss: str, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block, outputs that do not couple, every row heavy: the Hessian itself, intercept included."""
+    monkeypatch.setattr(module, "FEW_ROWS", 0)
     problem = make_setting(Case("linear", loss=loss, pooled=pooled, n=9, c=3), beta=0.05).problem
     factors = random_units(problem)
     x = factors.flat()
@@ -79,7 +81,9 @@ def test_a_linear_head_is_inverted_exactly(loss: str, pooled: bool) -> None:
 
 
 @every_case
-def test_it_is_symmetric_and_positive(case: Case) -> None:
+@pytest.mark.parametrize("few", [0, 1000])
+def test_it_is_symmetric_and_positive(case: Case, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW_ROWS", few)
     for loss in ("squared", "cross_entropy", "multilabel_logistic"):
         if loss == "cross_entropy" and case.c == 1:
             continue

@@ -3,9 +3,9 @@
 The Gauss-Newton matrix of f( sum_j T(u_j) v_j + b ) is approximated by one block for v and one for u of every
 component (in the spirit of K-FAC: Martens and Grosse 2015):
 
-* v, after the intercept b is eliminated: for losses of constant curvature (sum_i a_i t_i t_i^T) (x) H + beta w I,
-  exactly; for others one moment an output, in which the samples that matter most are exact
-  (:class:`OutputwiseInverse`);
+* v, after the intercept b is eliminated: (sum_i a_i t_i t_i^T) (x) (mean Hessian of the loss) + beta w I, which is
+  exact for losses of constant curvature; for others, where there are many rows t_i of features, one moment an output,
+  in which the rows that matter most are exact (:class:`OutputwiseInverse`);
 * u: the second moment of per-sample gradients, with residuals drawn so that their second moment is the Hessian;
   in full where it is small, else as left (x) right / trace over u seen as a matrix.
 
@@ -40,6 +40,8 @@ CHEAP_WORK = 10**10
 """... and more where moments of the features take no more multiplications than this ..."""
 MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""
+FEW_ROWS = 1000
+"""Rows of features below which all outputs have the mean moment: with so few an iteration is all overhead."""
 HEAVY = 64
 """Rows of an output's moment that are exact ..."""
 HEAVY_NUMBERS = 2**25
@@ -135,6 +137,7 @@ class Preconditioner:
             for k, units in enumerate(factors.units)
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
+        outputwise = not problem.loss.constant_curvature and samples.count * samples.rows >= FEW_ROWS
         curvatures = []
         for part in split_rows(len(samples.index), step):
             stats = problem.stats_of(samples.index[part], dtype)
@@ -143,7 +146,7 @@ class Preconditioner:
             O = problem.combine(factors, features, targets.shape[:-1])
             row_weights = weights.repeat_interleave(samples.rows)
             hessian += problem.own_loss.mean_hessian(O, targets, weights)
-            if not problem.loss.constant_curvature:
+            if outputwise:
                 curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
                 curvatures.append(curvature * row_weights[:, None])
             for T, blocks in zip(features, self.v_blocks, strict=True):
@@ -161,11 +164,11 @@ class Preconditioner:
         hessian = problem.world.sum(hessian)
         for blocks in self.v_blocks:
             blocks.share(problem.world)
-        if problem.loss.constant_curvature:
+        if outputwise:
+            self._outputwise(problem, factors, samples, torch.cat(curvatures), step)
+        else:
             for blocks in self.v_blocks:
                 blocks.finish(hessian / samples.rows)
-        else:
-            self._outputwise(problem, factors, samples, torch.cat(curvatures), step)
         self.u_sizes = [0 if units.u is None else units.u.numel() for units in factors.units]
         for u_blocks, component in zip(self.u_blocks, problem.components, strict=True):
             if u_blocks is not None:
@@ -280,7 +283,7 @@ class VBlocks:
         *self.moments, self.first, self.total = world.sum_all([*self.moments, self.first, self.total])
 
     def finish(self, hessian: Tensor) -> None:
-        """The inverses for a loss whose mean Hessian is that of every row."""
+        """The inverses with the mean Hessian for every row: exact for losses of constant curvature."""
         curvature = hessian[self.component.outputs, self.component.outputs]
         mean = self.first / self.total
         if self.centred:
