@@ -54,7 +54,7 @@ TRIMMED = 1e-2
 """Share of the gap in the smallest units that are dropped, if they are many ..."""
 WORTH_TRIMMING = 0.8
 """... so that at most this share of the units is left."""
-PATIENCE = 4
+PATIENCE = 2
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
 FIRST_CHECK = 10
 """Iterations from a first guess to the first check."""
