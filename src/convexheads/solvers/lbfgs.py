@@ -46,8 +46,6 @@ class CurvaturePairs:
         self.Y = like.new_empty(0, len(like))
         self.products = np.zeros((most, most))
         self.order: list[int] = []
-        # s'y / y'H0 y of the newest pair or the one before, and whether it is of the one before.
-        self.scale, self.fresh = 1.0, False
 
     def __len__(self) -> int:
         return len(self.order)
@@ -101,15 +99,9 @@ class CurvaturePairs:
 
         # LAPACK reads the upper triangle only.
         alpha = dtrtrs(upper, (S @ gradient).double().cpu().numpy()[order])[0]
-        r = torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1)
-        if self.fresh:
-            (r,) = inverse(r[None])
-        else:
-            # The scale changes little from one pair to the next: it is taken from every other one.
-            r, image = inverse(torch.stack([r, Y[order[-1]]]))
-            self.scale = curvature[-1] / max(float(Y[order[-1]] @ image), 1e-300)
-        self.fresh = not self.fresh
-        r = r * self.scale
+        newest = Y[order[-1]]
+        r, image = inverse(torch.stack([torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1), newest]))
+        r = r * (curvature[-1] / max(float(newest @ image), 1e-300))
         # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
         right = curvature * alpha - (Y @ r).double().cpu().numpy()[order]
         return r.addmv_(S.mT, rows(dtrtrs(upper, right, trans=1)[0])).neg_()
@@ -137,7 +129,6 @@ class LBFGS:
     def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
         self.inverse = inverse
-        self.pairs.fresh = False
 
     def direction(self) -> Tensor:
         if len(self.pairs):
