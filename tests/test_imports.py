@@ -17,7 +17,7 @@ PACKAGE = "convexheads"
 # file `name.py` and for everything in the folder `name/`.
 LAYERS: list[list[str]] = [
     ["errors", "types"],
-    ["memory", "distributed"],
+    ["memory", "distributed", "products"],
     ["inputs", "targets"],
     ["tokens"],
     ["datasets", "backbones"],

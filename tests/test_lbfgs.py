@@ -10,6 +10,7 @@ from contract_cases import Case, make_setting, random_units
 from convexheads.certificate import Certificate
 from convexheads.solvers.factored import SEARCH_PATIENCE, Factored
 from convexheads.solvers.lbfgs import LBFGS, STEADY, CurvaturePairs
+from convexheads.subspace import SingularPair
 from convexheads.types import Interval
 
 
@@ -132,3 +133,16 @@ def test_a_gap_that_float32_cannot_close_goes_on_in_float64() -> None:
     assert state.exhausted(optimiser, checked(start + SEARCH_PATIENCE, 1.9e-6))
     assert not state.exhausted(exact, checked(start + SEARCH_PATIENCE, 1.9e-6))
     assert not state.exhausted(optimiser, checked(start + SEARCH_PATIENCE, 1.0e-6))
+
+
+def test_step_sizes_of_pairs_that_are_copies() -> None:
+    """Pairs that are all but the same leave their curvatures indefinite by rounding: sizes there are all the same."""
+    problem = make_setting(Case("mlp", loss="cross_entropy"), beta=0.01).problem.in_dtype(torch.float32)
+    factors = random_units(problem).to(torch.float32)
+    state = Factored(problem, 1e-3, 10, None, 0, None)
+    u, v = torch.ones(4) / 2.0, torch.ones(2) / 2.0**0.5
+    pairs = [SingularPair(0, None, 0.5, u * (1 + 1e-8 * k), v) for k in range(12)]
+    sizes = state._step_sizes(factors, pairs)
+    assert len(sizes) == 12
+    assert min(sizes) >= 0.0
+    assert all(size == size for size in sizes)

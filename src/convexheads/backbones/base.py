@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from convexheads.errors import InputError, describe
-from convexheads.products import fast_products
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -204,7 +203,7 @@ class Backbone(nn.Module):
         if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, size, size):
             got = f"images of shape {tuple(batch.shape)}"
             raise InputError(describe(got, f"(n, 3, {size}, {size})", "Use the backbone's preprocess"))
-        with torch.inference_mode(), fast_products():
+        with torch.inference_mode():
             out: torch.Tensor = self(batch.to(self.device, non_blocking=True))
         return out
 

@@ -109,7 +109,9 @@ def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
 
 
 def largest_product(problem: Problem) -> float:
-    """Multiplications of the product of unit features and values, about."""
+    """Multiplications of the product of unit features and values, about; none where oneDNN's memory is not free."""
+    if problem.budget.limit is not None:
+        return 0.0
     return problem.local * max(FEW_UNITS * c.form.value_width * c.width for c in problem.components)
 
 
@@ -480,8 +482,10 @@ class Factored:
             [pair.sigma - problem.penalty_weight(problem.components[pair.component]) for pair in pairs],
             dtype=torch.float64,
         )
-        factor = torch.linalg.cholesky(Q.cpu()).mT
-        right = torch.linalg.solve_triangular(factor.mT, excess[:, None], upper=False)[:, 0]
+        # By eigenvalues: pairs that are all but copies of each other leave Q indefinite by the noise of float32.
+        values, vectors = torch.linalg.eigh(Q.cpu())
+        root = values.clamp_min(1e-6 * float(values[-1])).clamp_min(1e-30).sqrt()
+        factor, right = root[:, None] * vectors.mT, (vectors.mT @ excess) / root
         return nnls(factor.numpy(), right.numpy())[0].tolist()
 
     def _pair_outputs(self, pair: SingularPair, stats: list[Stats], shape: torch.Size, dtype: torch.dtype) -> Tensor:

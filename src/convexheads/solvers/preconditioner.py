@@ -137,7 +137,9 @@ class Preconditioner:
             for k, units in enumerate(factors.units)
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
-        outputwise = not problem.loss.constant_curvature and samples.count * samples.rows >= FEW_ROWS
+        # Where memory is limited there is none for the heavy rows.
+        free = problem.budget.limit is None and samples.count * samples.rows >= FEW_ROWS
+        outputwise = free and not problem.loss.constant_curvature
         curvatures = []
         for part in split_rows(len(samples.index), step):
             stats = problem.stats_of(samples.index[part], dtype)
@@ -179,8 +181,7 @@ class Preconditioner:
     def _outputwise(self, problem: Problem, factors: Factors, samples: Samples, curvature: Tensor, step: int) -> None:
         """Second pass over the samples: moments of the v blocks output by output."""
         columns = sum(blocks.columns for blocks in self.v_blocks)
-        most = HEAVY_NUMBERS if problem.budget.limit is None else min(HEAVY_NUMBERS, problem.budget.limit // 64)
-        count = min(HEAVY, most // max(1, problem.outputs * columns))
+        count = min(HEAVY, HEAVY_NUMBERS // max(1, problem.outputs * columns))
         heavy = HeavyRows(curvature, min(count, samples.count * samples.rows), problem.world)
         for blocks in self.v_blocks:
             blocks.start_outputs(heavy)
@@ -205,6 +206,9 @@ class Preconditioner:
             size = len(self.intercept_inverse)
             intercept, moved = vectors[:, -size:], found[:, -size:]
             moved.copy_(intercept @ self.intercept_inverse)
+            if self.problem.loss.shift_free:
+                # A common shift of the intercept changes nothing: there must be none.
+                intercept = intercept - intercept.mean(1, keepdim=True)
         start = 0
         for u_size, v_blocks, u_blocks in zip(self.u_sizes, self.v_blocks, self.u_blocks, strict=True):
             if u_blocks is not None:
@@ -215,6 +219,8 @@ class Preconditioner:
             shift = v_blocks.apply(vectors[:, part], found[:, part], intercept)
             if intercept is not None:
                 moved[:, v_blocks.component.outputs] -= shift
+        if intercept is not None and self.problem.loss.shift_free:
+            moved -= moved.mean(1, keepdim=True)
         return found
 
 
