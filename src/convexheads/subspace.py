@@ -78,13 +78,8 @@ class BlockSubspace:
         pairs = []
         for search in searches:
             bound = problem.penalty_weight(problem.components[search.component])
-            left, right = search.vectors()
-            self.top[search.key] = right.mT
-            pairs += [
-                SingularPair(search.component, search.gate, sigma, left[i], right[i])
-                for i, sigma in enumerate(search.sigma[: len(left)].tolist())
-                if sigma > bound
-            ]
+            self.top[search.key] = search.right[: search.size].mT
+            pairs += search.pairs_above(bound)
         return best, pairs, ridge
 
     def work(self, size: int, rounds: int) -> tuple[int, int]:
@@ -109,16 +104,16 @@ class BlockSubspace:
                     continue
                 if min(gamma.shape) <= DENSE_SIZE:
                     A, sigma, right = torch.linalg.svd(gamma, full_matrices=False)
-                    left = A.mT
+                    leading = enumerate(sigma[:size].tolist())
+                    pairs += [SingularPair(k, g, s, A[:, i].clone(), right[i].clone()) for i, s in leading if s > bound]
                 else:
                     search = _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
                     search.start(self.top.get(search.key), self.generator, L)
                     search.run(gamma, rounds, tol)
-                    (left, right), sigma = search.vectors(), search.sigma
-                    self.top[search.key] = right.mT
+                    sigma = search.sigma
+                    self.top[search.key] = search.right[: search.size].mT
+                    pairs += search.pairs_above(bound)
                 best = max(best, float(sigma[0]) / component.weight)
-                leading = enumerate(sigma[:size].tolist())
-                pairs += [SingularPair(k, g, s, left[i].clone(), right[i].clone()) for i, s in leading if s > bound]
         return best, pairs, ridge
 
     def _apply(
@@ -205,9 +200,13 @@ class _BlockSearch:
                 break
             previous = float(self.sigma[0])
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Leading left and right singular vectors as rows."""
-        return self.left[: self.size], self.right[: self.size]
+    def pairs_above(self, bound: float) -> list[SingularPair]:
+        """All Ritz pairs above ``bound``: those that have not converged are directions of descent all the same."""
+        return [
+            SingularPair(self.component, self.gate, sigma, self.left[i].clone(), self.right[i].clone())
+            for i, sigma in enumerate(self.sigma.tolist())
+            if sigma > bound
+        ]
 
 
 def beta_max(problem: Problem) -> float:

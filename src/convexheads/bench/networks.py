@@ -4,12 +4,14 @@ Every row is one problem: patch tokens on whitened principal components, cross-e
 trains for 30 epochs with each learning rate of a grid; L-BFGS has history 20 and a random start, once with the
 gradient that torch's automatic differentiation gives, as a network is trained, and once with the evaluations of our
 own solver, so that only the methods differ; FISTA works on the dense blocks. Clocks stand still while a method that
-has no certificate of its own is checked.
+has no certificate of its own is checked, and the quotients count our time to the same checked gap: a row of its own
+has the time with the proof.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,16 +132,21 @@ def _above_bound(rows: list[dict[str, Any]]) -> None:
 def _ours(task: Task, name: str, result: Result, settings: Settings) -> float:
     settings.say(f"networks: ours, {name} ...")
     solver = solver_function("factored")
+    seconds = []
+    for prove, method in ((True, "ours"), (False, "ours, without the proof")):
 
-    def solve() -> Solution:
-        return solver(our_problem(task), tol=GAP, random_state=settings.seed)
+        def solve(prove: bool = prove) -> Solution:
+            return solver(our_problem(task), tol=GAP, random_state=settings.seed, prove=prove)
 
-    timing, solution = timed(solve, settings.repeats)
-    reached = check(task, our_solution(our_problem(task), solution.factors))
-    more = {"to_gap": timing.median if reached.relative_gap <= GAP else None, "units": solution.factors.n_units}
-    result.rows.append(row(name, "ours", timing, reached, note=missed(reached, GAP), **more))
-    result.curves[name]["ours"] = curve(solution.history.as_dict(), reached, timing.median)
-    return timing.median
+        timing, solution = timed(solve, settings.repeats)
+        reached = check(task, our_solution(our_problem(task), solution.factors))
+        there = reached.relative_gap <= GAP
+        more = {"to_gap": timing.median if there else None, "units": solution.factors.n_units}
+        result.rows.append(row(name, method, timing, reached, note=missed(reached, GAP), **more))
+        result.curves[name][method] = curve(solution.history.as_dict(), reached, timing.median)
+        seconds.append(timing.median if there else math.inf)
+    # The others prove nothing: where the independent check has found the gap closed, the time without the proof counts.
+    return min(seconds)
 
 
 def _lbfgs(task: Task, case: Case, name: str, gradient: str, ours: float, result: Result, settings: Settings) -> None:

@@ -43,7 +43,9 @@ WARMUP_SAMPLES = 1000
 WARMUP_WORK = 2e8
 """Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
 WARMUP_STEPS = 400
-"""Mini-batches of the warm-up, within 4 to 16 epochs."""
+"""Mini-batches of the warm-up, within 8 to 16 epochs ..."""
+MOST_STAGES = 3
+"""... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
 SETTLED = 0.5
@@ -81,6 +83,8 @@ IDLE = 1e-2
 COLLAPSED = 1e-9
 """Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
+PAIRS = 6
+"""Singular pairs of a block that an estimate converges."""
 FEW_UNITS = 24
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 FIRST_UNITS = 40
@@ -88,7 +92,9 @@ FIRST_UNITS = 40
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
-"""Share of the nuclear norm, in the smallest units, that is dropped after the first epochs."""
+"""Share of the nuclear norm, in the smallest units, that is dropped after the first epochs ..."""
+SATURATED = 0.9
+"""... and as many units again are added if more than this share of them is left."""
 
 
 def start_scale(problem: Problem, units: int) -> float:
@@ -202,11 +208,12 @@ def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors,
     return Factors(found, factors.intercept), spectra
 
 
-def principal_units(problem: Problem, factors: Factors, spare: float) -> list[Tensor | None]:
+def principal_units(problem: Problem, factors: Factors, gradient: Factors, spare: float) -> list[Tensor | None]:
     """For every component the map (kept, m) with orthonormal rows from its units to the principal ones that are kept.
 
     Within a block (U, V) -> (R U, R V) changes nothing for orthogonal R. With R from U U^T + V V^T the units are
-    orthogonal once they are balanced, and the smallest can go: those dropped carry less than ``spare`` in all.
+    orthogonal once they are balanced, and the smallest can go: those dropped carry less than ``spare`` in all, and
+    none of them grows along minus the ``gradient``.
     """
     found: list[Tensor | None] = []
     parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -219,7 +226,12 @@ def principal_units(problem: Problem, factors: Factors, spare: float) -> list[Te
             own = torch.arange(len(units.v)) if units.gate is None else units.gate.eq(g or 0).nonzero()[:, 0]
             u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
             size, vectors = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
-            parts.append((k, own, weight * size, vectors.mT))
+            slopes = gradient.units[k]
+            assert slopes.u is not None
+            against = u @ slopes.u[own].flatten(1).double().mT + v @ slopes.v[own].flatten(1).double().mT
+            growing = (vectors.mT @ against * vectors.mT).sum(1) < 0
+            # What grows is no candidate, however small.
+            parts.append((k, own, torch.where(growing, math.inf, weight * size), vectors.mT))
     sizes = torch.cat([part[2] for part in parts]) if parts else torch.zeros(0)
     ordered, _ = sizes.clamp_min(0).sort()
     n_dropped = int((ordered.cumsum(0) <= spare).sum())
@@ -381,7 +393,7 @@ class Factored:
     # Estimates between proofs -----------------------------------------------------------------------------
 
     def estimate(
-        self, factors: Factors, size: int = 6, rounds: int = 12, precision: float | None = None
+        self, factors: Factors, size: int = PAIRS, rounds: int = 12, precision: float | None = None
     ) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
@@ -578,7 +590,8 @@ class Factored:
                 if pairs and ((warm and self.n_iter == 0) or fall < self.stall(current, bound)):
                     grown = self.grow(current, bound)
                 elif fall < SETTLED * bound.gap:
-                    smaller = self.trim(optimiser, current, TRIMMED * bound.gap)
+                    spare = TRIMMED * bound.gap
+                    smaller = self.trim(optimiser, current, shapes.like(gradient), spare)
                     if smaller is not None:
                         optimiser, shapes = smaller
                         current, built_at = shapes.like(optimiser.x), -REBUILD
@@ -628,9 +641,13 @@ class Factored:
         def scale(k: int) -> float:
             return norm / math.sqrt(problem.components[k].weight)
 
-        epochs = min(16, max(4, round(WARMUP_STEPS * BATCH / problem.n)))
-        found = adam_epochs(problem, start, scale, epochs, self.generator)
-        return self.resize(found, counts)
+        epochs = min(16, max(8, round(WARMUP_STEPS * BATCH / problem.n)))
+        for _ in range(MOST_STAGES):
+            found = adam_epochs(problem, start, scale, epochs, self.generator)
+            start, saturated = self.resize(found, counts)
+            if not saturated:
+                break
+        return start
 
     def vector_guess(self, start: Factors) -> Factors | None:
         """Where blocks are vectors, those that proximal steps arrive at; None elsewhere and for the empty head."""
@@ -639,8 +656,11 @@ class Factored:
         found = proximal_start(self.problem, start)
         return found if found.n_units else None
 
-    def second_guess(self, init: Factors) -> Factors:
-        """A warm start with as many small random units again, brought near the optimum in the same way."""
+    def second_guess(self, init: Factors) -> Factors | None:
+        """A warm start with as many small random units again, brought near the optimum in the same way.
+
+        None if that is no better than the start itself.
+        """
         problem = self.problem
         init = init.to(problem.dtype)
         counts = [
@@ -663,22 +683,28 @@ class Factored:
             units.append(join_units(old, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen))))
         start = Factors(units, init.intercept)
         norm = 0.5 * start_scale(problem, max(1, start.n_units))
-        return adam_epochs(
+        found = adam_epochs(
             problem,
             start,
             lambda k: norm / math.sqrt(problem.components[k].weight),
             min(8, max(4, round(WARMUP_STEPS * BATCH / problem.n))),
             self.generator,
         )
+        # Epochs leave the neighbourhood of an optimum that the start is already in.
+        return found if problem.value_and_gradient(found)[0] < problem.value_and_gradient(init)[0] else None
 
-    def resize(self, factors: Factors, counts: list[int]) -> Factors:
-        """Drop the units that carry next to nothing, and add small random ones where all are in use."""
+    def resize(self, factors: Factors, counts: list[int]) -> tuple[Factors, bool]:
+        """Drop the units that carry next to nothing, and add small random ones; whether nearly all were in use.
+
+        Then as many again are added.
+        """
         problem = self.problem
         total = sum(float(b.double().sum()) for b in canonical(problem, factors, 0.0)[1])
         weight = max(problem.penalty_weight(c) for c in problem.components)
         slim, _ = canonical(problem, factors, SPARE * weight * total)
         fresh = random_factors(problem, counts, self.generator, problem.dtype)
         units = []
+        doubled = False
         for component, small, full, new in zip(problem.components, slim.units, factors.units, fresh.units, strict=True):
             if small.u is None or full.u is None or new.u is None:
                 units.append(small)
@@ -687,11 +713,12 @@ class Factored:
             if self.max_rank is not None:
                 room = min(room, self.max_rank - slim.n_units)
             # A margin of a third over the units in use: with too few, the factored objective stalls.
-            saturated = len(small.v) == len(full.v)
+            saturated = len(small.v) > SATURATED * len(full.v)
             extra = max(0, min(room, len(new.v), len(full.v) if saturated else len(small.v) // 6))
+            doubled = doubled or (saturated and extra > 0)
             chosen = torch.randperm(len(new.v), generator=self.generator)[:extra].to(problem.device)
             units.append(join_units(small, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen))))
-        return Factors(units, factors.intercept)
+        return Factors(units, factors.intercept), doubled
 
     def spacing(self, factors: Factors) -> int:
         """Iterations until the next check at the earliest, so that they cost as much as it does.
@@ -701,7 +728,7 @@ class Factored:
         problem = self.problem
         unit = [3 * c.form.unit_work + 6 * c.q for c in problem.components]
         iteration = sum(len(units.v) * work for units, work in zip(factors.units, unit, strict=True))
-        forming, searching = self.subspace.work(6, 6)
+        forming, searching = self.subspace.work(PAIRS, 6)
         # Losses, conjugates and the intercept's Newton steps, entry by entry.
         check = min(forming, searching) + 2000 * problem.outputs
         return max(5, min(40, math.ceil(check / max(1, iteration))))
@@ -725,17 +752,23 @@ class Factored:
             used = used & units.gate.eq(pair.gate)
         return int(used.sum()) >= min(component.p, component.q)
 
+    def room(self, factors: Factors) -> int:
+        """Units that a block may get at once: half as many as it has on average, or as many as are looked for."""
+        return max(
+            PAIRS,
+            *(
+                math.ceil(len(units.v) / component.n_gates / 2)
+                for component, units in zip(self.problem.components, factors.units, strict=True)
+            ),
+        )
+
     def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
         """More units, up to half as many again, along the singular vectors that lie above beta."""
         room = LARGEST_GROWTH
         if self.max_rank is not None:
             factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * bound.primal)
             room = min(room, self.max_rank - factors.n_units)
-        per_gate = max(
-            math.ceil(len(units.v) / component.n_gates / 2)
-            for component, units in zip(self.problem.components, factors.units, strict=True)
-        )
-        _, pairs = self.estimate(factors, size=max(6, per_gate))
+        _, pairs = self.estimate(factors, size=self.room(factors))
         # Pairs that are hardly above beta cost units and close nothing.
         least = self.problem.beta * (1.0 + 0.1 * self.tol)
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
@@ -750,8 +783,12 @@ class Factored:
         """
         used, _ = canonical(self.problem, factors, IDLE * bound.gap)
         outside = [p for p in pairs if not self.full(factors, p) and spanned(used, p) < SPANNED]
+        outside.sort(key=lambda pair: -pair.sigma)
+        room = self.room(factors)
+        blocks = [(pair.component, pair.gate) for pair in outside]
+        outside = [pair for i, pair in enumerate(outside) if blocks[:i].count(blocks[i]) < room]
         if self.max_rank is not None:
-            outside = sorted(outside, key=lambda p: -p.sigma)[: max(0, self.max_rank - factors.n_units)]
+            outside = outside[: max(0, self.max_rank - factors.n_units)]
         return self.add_units(factors, outside) if outside else None
 
     def enlarge(self, old: LBFGS, before: Factors, after: Factors) -> tuple[LBFGS, Factors]:
@@ -762,12 +799,12 @@ class Factored:
             optimiser.pairs = old.pairs.mapped(padding(before, after))
         return optimiser, shapes
 
-    def trim(self, optimiser: LBFGS, factors: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
+    def trim(self, optimiser: LBFGS, factors: Factors, gradient: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
         """An optimiser without the units that together carry less than ``spare``; None where there are few of them.
 
         Units are first turned into principal ones, by an orthogonal map that keeps curvature pairs valid.
         """
-        maps = principal_units(self.problem, factors, spare)
+        maps = principal_units(self.problem, factors, gradient, spare)
         kept = sum(len(own) for own in maps if own is not None)
         total = sum(own.shape[1] for own in maps if own is not None)
         if not total or kept > WORTH_TRIMMING * total:
@@ -849,5 +886,7 @@ def solve_factored(
         if init is None:
             return state.run(state.first_guess(initial_units(problem, max_rank)), cold=True)
         if problem.n >= WARMUP_SAMPLES and any(not component.ridge for component in problem.components):
-            return state.run(state.second_guess(init))
-        return state.run(init, warm=True)
+            found = state.second_guess(init)
+            if found is not None:
+                return state.run(found)
+        return state.run(init.to(problem.dtype), warm=True)
