@@ -1,0 +1,111 @@
+"""How many units the factored solver works with: growth, trimming and the stages of its warm-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contract_cases import Case, make_setting
+from convexheads.problem import Problem
+from convexheads.solvers import factored
+from convexheads.solvers.base import solver_function
+from convexheads.solvers.factored import PAIRS, Factored, principal_units, random_factors
+from convexheads.subspace import BlockSubspace, beta_max
+from convexheads.types import Factors, Units
+
+
+def problem(ratio: float, n: int = 120, d: int = 20, c: int = 18) -> Problem:
+    """Squared loss on targets with noise in every direction, so that small betas call for many units."""
+    found = make_setting(Case("self_attention", "linear", s=3, d=d, c=c, n=n)).problem
+    generator = torch.Generator().manual_seed(1)
+    found.targets = torch.randn(found.targets.shape, generator=generator, dtype=torch.float64)
+    return found.with_beta(ratio * beta_max(found))
+
+
+def solver(found: Problem, tol: float = 1e-3) -> Factored:
+    return Factored(found, tol, 500, None, 0, None)
+
+
+def test_all_ritz_pairs_above_beta_are_found_and_are_directions_of_descent() -> None:
+    found = problem(0.05)
+    L = found.null_gradient()
+    (component,) = found.components
+    bound = found.penalty_weight(component)
+    _, pairs, _ = BlockSubspace(found, torch.Generator().manual_seed(0)).top_pairs(L, PAIRS, 12, 1e-6)
+    assert len(pairs) > PAIRS
+    gamma = found.gamma(L, 0, None)
+    for pair in pairs:
+        value = float(pair.u @ gamma @ pair.v)
+        assert value > bound
+        assert abs(value - pair.sigma) < 1e-8 * pair.sigma
+        assert abs(float(pair.u.norm()) - 1) < 1e-8
+        assert abs(float(pair.v.norm()) - 1) < 1e-8
+
+
+def test_growth_adds_many_units_at_once_where_many_are_missing() -> None:
+    found = problem(0.05)
+    state = solver(found)
+    start = random_factors(found, [24], state.generator, torch.float64)
+    bound, pairs = state.estimate(start)
+    grown = state.widen(start, bound, pairs)
+    assert grown is not None
+    added = grown.n_units - start.n_units
+    assert PAIRS < added <= state.room(start) == 12
+
+
+def flat_like(factors: Factors, u: torch.Tensor, v: torch.Tensor) -> Factors:
+    (units,) = factors.units
+    return Factors([Units(u.view_as(units.u), v.view_as(units.v))], factors.intercept)
+
+
+def test_small_units_are_trimmed_only_where_they_do_not_grow() -> None:
+    found = problem(0.3)
+    (component,) = found.components
+    m, p, q = 6, component.p, component.q
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(p, m, generator=generator, dtype=torch.float64)).Q.mT
+    v = torch.linalg.qr(torch.randn(q, m, generator=generator, dtype=torch.float64)).Q.mT
+    size = torch.tensor([3.0, 2.0, 1.0, 1e-3, 2e-3, 3e-3], dtype=torch.float64)[:, None]
+    empty = random_factors(found, [m], generator, torch.float64)
+    factors = flat_like(empty, size * u, size * v)
+    spare = 1e-4 * found.penalty_weight(component)
+    # All small units shrink: the gradient points along them.
+    (rows,) = principal_units(found, factors, flat_like(empty, size * u, size * v), spare)
+    assert rows is not None
+    assert len(rows) == 3
+    # The smallest one grows.
+    sign = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    (rows,) = principal_units(found, factors, flat_like(empty, sign * size * u, sign * size * v), spare)
+    assert rows is not None
+    assert len(rows) == 4
+    assert float(rows[:, 3].abs().max()) > 0.999
+    assert float(rows[:, 4:].abs().max()) < 1e-6
+
+
+def test_a_start_near_the_optimum_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problem(0.3)
+    monkeypatch.setattr(factored, "WARMUP_WORK", 0.0)
+    near = solver_function("factored")(found, tol=1e-4).factors
+    state = solver(found, 1e-6)
+    assert state.second_guess(near) is None
+    far = Factors([Units(units.u * 0.1, units.v) for units in near.units if units.u is not None], near.intercept)
+    better = state.second_guess(far)
+    assert better is not None
+    assert found.value_and_gradient(better)[0] < found.value_and_gradient(far)[0]
+
+
+def test_units_that_are_all_in_use_are_doubled() -> None:
+    found = problem(0.02)
+    state = solver(found)
+    generator = torch.Generator().manual_seed(0)
+    factors = random_factors(found, [8], generator, torch.float64)
+    larger, saturated = state.resize(factors, [8])
+    assert saturated
+    assert larger.n_units == 16
+    (units,) = factors.units
+    assert units.u is not None
+    share = torch.where(torch.arange(8) < 4, 1.0, 1e-3).double()
+    idle = Factors([Units(units.u * share[:, None, None], units.v * share[:, None, None])], factors.intercept)
+    smaller, saturated = state.resize(idle, [8])
+    assert not saturated
+    assert smaller.n_units < 8
