@@ -42,8 +42,10 @@ WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
 WARMUP_WORK = 2e8
 """Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
+LEAST_EPOCHS = 8
+"""Epochs of the warm-up from other factors, and the fewest from none; the most are 16 ..."""
 WARMUP_STEPS = 400
-"""Mini-batches of the warm-up, within 8 to 16 epochs ..."""
+"""... for about so many mini-batches ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
@@ -641,12 +643,13 @@ class Factored:
         def scale(k: int) -> float:
             return norm / math.sqrt(problem.components[k].weight)
 
-        epochs = min(16, max(8, round(WARMUP_STEPS * BATCH / problem.n)))
+        epochs = min(16, max(LEAST_EPOCHS, round(WARMUP_STEPS * BATCH / problem.n)))
         for _ in range(MOST_STAGES):
             found = adam_epochs(problem, start, scale, epochs, self.generator)
             start, saturated = self.resize(found, counts)
             if not saturated:
                 break
+            counts = [2 * count for count in counts]
         return start
 
     def vector_guess(self, start: Factors) -> Factors | None:
@@ -687,7 +690,7 @@ class Factored:
             problem,
             start,
             lambda k: norm / math.sqrt(problem.components[k].weight),
-            min(8, max(4, round(WARMUP_STEPS * BATCH / problem.n))),
+            LEAST_EPOCHS,
             self.generator,
         )
         # Epochs leave the neighbourhood of an optimum that the start is already in.
