@@ -584,7 +584,7 @@ class Factored:
                         return solution
                     # The estimate was too low, by this factor: ask for that much more before the next proof.
                     short = bound.relative_gap / solution.certificate.relative_gap
-                    target = max(0.2 * target, 0.8 * min(target, bound.relative_gap, self.tol * short))
+                    target = max(0.2 * target, 0.9 * min(target, bound.relative_gap, self.tol * short))
                 fall = values[-11] - values[-1] if len(values) > 10 else math.inf
                 fall, stalled = 0.0 if stalled else fall, False
                 grown = None
