@@ -217,6 +217,15 @@ def test_the_adjoint(heads: tuple[Case, ...]) -> None:
             close(image.v[own].flatten(1), u @ gamma)
             close(image.u[own].flatten(1), v @ gamma.mT)
     assert total == pytest.approx(expected, rel=1e-10)
+    for side in ("left", "right"):
+        for units, image, both in zip(
+            factors.units, problem.adjoint(L, factors.units, sides=side), applied, strict=True
+        ):
+            if units.u is None:
+                close(image.v, both.v)
+                continue
+            close(image.u, both.u if side == "left" else 0 * both.u)
+            close(image.v, both.v if side == "right" else 0 * both.v)
 
 
 @every_setting

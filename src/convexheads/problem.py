@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -443,10 +443,12 @@ class Problem:
         L: Tensor,
         units: list[Units],
         only: Callable[[Component], bool] = lambda component: True,
+        sides: Literal["both", "left", "right"] = "both",
     ) -> list[Units]:
         """For every unit (u, v): (Gamma v, Gamma^T u), the adjoint applied to both of its factors.
 
-        One pass serves block Lanczos from either side. Components not in ``only`` get zeros.
+        ``sides`` "left" asks for Gamma v only and "right" for Gamma^T u only: the others are zero then, but for ridge
+        branches, and their products are saved. Components not in ``only`` get zeros.
         """
         dtype = L.dtype
         found = [
@@ -459,8 +461,14 @@ class Problem:
             for component, stat, each, into in zip(self.components, stats, units, found, strict=True):
                 if not only(component) or not len(each.v):
                     continue
+                if sides == "right" or each.u is None:
+                    into.v += component.adjoint_v(component.features(stat, each), rows[:, component.outputs])
+                    continue
                 T, pull = component.features_and_pullback(stat, each)
-                self._pull(component, each, T, pull, rows, into)
+                if sides == "both":
+                    self._pull(component, each, T, pull, rows, into)
+                elif pull is not None and into.u is not None:
+                    into.u += pull(component.adjoint_features(T, each.v, rows[:, component.outputs]))
         return self._summed_units(found)
 
     def _summed_units(self, units: Sequence[Units]) -> list[Units]:

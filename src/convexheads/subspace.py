@@ -134,7 +134,7 @@ class BlockSubspace:
             if component.gates is not None:
                 gate = torch.cat([torch.full((len(s.new_u),), s.gate or 0, device=L.device) for s in own])
             units.append(Units(u, v, gate))
-        images = problem.adjoint(L, units)
+        images = problem.adjoint(L, units, sides="left" if left else "right")
         if with_ridge:
             ridge = sum(
                 float(image.v.double().square().sum()) / (2 * problem.penalty_weight(component))
