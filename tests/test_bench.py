@@ -28,7 +28,7 @@ from convexheads.solvers import solver_function
 from convexheads.subspace import beta_max as our_beta_max
 from convexheads.tokens import TokenStore
 
-HEADS = [("self_attention", None), ("self_attention", 2), ("mlp", None), ("mlp", 3), ("mixer", None)]
+HEADS = [("self_attention", None), ("self_attention", 2), ("mlp", None), ("mlp", 3), ("mixer", None), ("mixer", 2)]
 heads = pytest.mark.parametrize(("head", "gates"), HEADS)
 
 

@@ -124,19 +124,25 @@ def _selected_mean(X: np.ndarray, gate: np.ndarray | None) -> np.ndarray:
 
 def _mixer_features(X: np.ndarray, u: np.ndarray, gate: np.ndarray | None) -> np.ndarray:
     s = X.shape[1]
-    return (u.reshape(s, s).mean(0) @ X).reshape(len(X), -1)
+    W = u.reshape(s, s)
+    if gate is None:
+        return (W.mean(0) @ X).reshape(len(X), -1)
+    return ((W @ X) * (gate @ X >= 0)).mean(1)
 
 
 def _mixer_gamma(X: np.ndarray, L: np.ndarray, gate: np.ndarray | None) -> np.ndarray:
-    # A^* L [(t, q), (l, b)] = sum_i X_i[q, l] L_i[b] / s for every t: s equal bands, of norm sqrt(s) times one.
     n, s, _ = X.shape
-    return (X.reshape(n, -1).T @ L).reshape(s, -1) / math.sqrt(s)
+    if gate is None:
+        # A^* L [(t, q), (l, b)] = sum_i X_i[q, l] L_i[b] / s for every t: s equal bands, of norm sqrt(s) times one.
+        return (X.reshape(n, -1).T @ L).reshape(s, -1) / math.sqrt(s)
+    T = (gate @ X >= 0)[:, :, None] * X[:, None] / s
+    return (T.reshape(n, -1).T @ L).reshape(s * s, -1)
 
 
 _HEADS = {
     "self_attention": _Head(_attention_features, _attention_gamma, lambda s, d: max(d**3, s * (s + d * d))),
     "mlp": _Head(_mlp_features, _mlp_gamma, lambda s, d: s * d),
-    "mixer": _Head(_mixer_features, _mixer_gamma, lambda s, d: s * d),
+    "mixer": _Head(_mixer_features, _mixer_gamma, lambda s, d: s * s * d),
 }
 
 

@@ -61,9 +61,9 @@ def make_task(
     """Classification by cross-entropy at a share of beta_max, with ``gates`` random gates or linear activation."""
     drawn = None
     if gates is not None:
-        d = X.shape[2]
-        shape = (gates, d, d) if head == "self_attention" else (gates, d)
-        drawn = np.random.default_rng(seed).standard_normal(shape)
+        s, d = X.shape[1:]
+        shapes = {"self_attention": (d, d), "mixer": (s, s), "mlp": (d,)}
+        drawn = np.random.default_rng(seed).standard_normal((gates, *shapes[head]))
     task = Task(head, X, one_hot(labels), 1.0, gates=drawn, fit_intercept=fit_intercept)
     return replace(task, beta=beta_ratio * beta_max(task))
 
