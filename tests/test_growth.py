@@ -7,9 +7,11 @@ import torch
 
 from contract_cases import Case, make_setting
 from convexheads.problem import Problem
-from convexheads.solvers import factored
+from convexheads.solvers import starts
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import PAIRS, Factored, principal_units, random_factors
+from convexheads.solvers.factored import PAIRS, Factored
+from convexheads.solvers.starts import random_factors, resize, second_guess
+from convexheads.solvers.units import principal_units
 from convexheads.subspace import BlockSubspace, beta_max
 from convexheads.types import Factors, Units
 
@@ -84,28 +86,28 @@ def test_small_units_are_trimmed_only_where_they_do_not_grow() -> None:
 
 def test_a_start_near_the_optimum_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = problem(0.3)
-    monkeypatch.setattr(factored, "WARMUP_WORK", 0.0)
+    monkeypatch.setattr(starts, "WARMUP_WORK", 0.0)
+    monkeypatch.setattr(starts, "WARMUP_SAMPLES", 100)
+    generator = torch.Generator().manual_seed(0)
     near = solver_function("factored")(found, tol=1e-4).factors
-    state = solver(found, 1e-6)
-    assert state.second_guess(near) is None
+    assert second_guess(found, near, None, generator) is None
     far = Factors([Units(units.u * 0.1, units.v) for units in near.units if units.u is not None], near.intercept)
-    better = state.second_guess(far)
+    better = second_guess(found, far, None, generator)
     assert better is not None
     assert found.value_and_gradient(better)[0] < found.value_and_gradient(far)[0]
 
 
 def test_units_that_are_all_in_use_are_doubled() -> None:
     found = problem(0.02)
-    state = solver(found)
     generator = torch.Generator().manual_seed(0)
     factors = random_factors(found, [8], generator, torch.float64)
-    larger, saturated = state.resize(factors, [8])
+    larger, saturated = resize(found, factors, [8], None, generator)
     assert saturated
     assert larger.n_units == 16
     (units,) = factors.units
     assert units.u is not None
     share = torch.where(torch.arange(8) < 4, 1.0, 1e-3).double()
     idle = Factors([Units(units.u * share[:, None, None], units.v * share[:, None, None])], factors.intercept)
-    smaller, saturated = state.resize(idle, [8])
+    smaller, saturated = resize(found, idle, [8], None, generator)
     assert not saturated
     assert smaller.n_units < 8

@@ -16,8 +16,8 @@ from convexheads.certificate import penalty, refit_intercept
 from convexheads.problem import Problem
 from convexheads.solvers import proximal
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import no_units
 from convexheads.solvers.proximal import VectorBlocks, has_vector_blocks, proximal_start
+from convexheads.solvers.units import no_units
 from convexheads.subspace import beta_max
 from convexheads.types import Factors
 

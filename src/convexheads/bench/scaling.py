@@ -19,7 +19,7 @@ from convexheads.bench.independent import Task, check
 from convexheads.bench.problems import make_task, our_problem, our_solution, synthetic_tokens
 from convexheads.problem import Problem
 from convexheads.solvers import Solution, solver_function
-from convexheads.solvers.factored import random_factors
+from convexheads.solvers.starts import random_factors
 from convexheads.types import Factors
 
 PACKAGES = ()

@@ -15,8 +15,8 @@ from torch import Tensor
 from convexheads.certificate import certify_factors, refit_intercept
 from convexheads.problem import Problem
 from convexheads.solvers.base import Solution
-from convexheads.solvers.factored import canonical
 from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.units import canonical
 
 STEPS = 1000
 PATIENCE = 60

@@ -25,10 +25,11 @@ from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError, describe
 from convexheads.problem import Problem
 from convexheads.solvers.base import Solution, register
-from convexheads.solvers.factored import join_units, largest, pick_gates, random_factors
 from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.starts import random_factors
+from convexheads.solvers.units import filled, largest
 from convexheads.solvers.warmup import minibatches
-from convexheads.types import Factors, History, Units
+from convexheads.types import Factors, History
 
 UNITS = 64
 """Units of each channel group where nothing else is asked for; shared by its gates."""
@@ -209,18 +210,13 @@ def starting_units(
     start = random_factors(problem, list(counts), generator, problem.dtype)
     if init is not None:
         init = init.to(problem.dtype)
-        units = [_filled(old, new, generator) for old, new in zip(init.units, start.units, strict=True)]
+        units = [
+            filled(old, new, len(new.v) - len(old.v), generator)
+            for old, new in zip(init.units, start.units, strict=True)
+        ]
         # Only training moves the intercept from here on.
         start = Factors(units, start.intercept if init.intercept is None else init.intercept)
     return start if max_rank is None else largest(start, max_rank)
-
-
-def _filled(old: Units, new: Units, generator: torch.Generator) -> Units:
-    room = len(new.v) - len(old.v)
-    if old.u is None or new.u is None or room <= 0:
-        return old
-    chosen = torch.randperm(len(new.v), generator=generator)[:room].sort().values.to(new.v.device)
-    return join_units(old, Units(new.u[chosen], new.v[chosen], pick_gates(new.gate, chosen)))
 
 
 def train_adamw(

@@ -7,7 +7,7 @@ beta sum_j ||u_j||^2 a fair part of the loss at zero, ||u_j|| is known up to a s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -42,20 +42,21 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
 def adam_epochs(
     problem: Problem,
     factors: Factors,
-    scale: Callable[[int], float],
+    norm: float,
     epochs: int,
     generator: torch.Generator,
 ) -> Factors:
     """Adam with cosine decay and explicit weight decay (Kingma and Ba 2015); returns new factors.
 
-    ``scale(k)`` is the norm that a unit of component k is expected to have.
+    ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
     variables = factors.like(factors.flat().clone())
     rates: list[float] = []
-    for k, (component, units) in enumerate(zip(problem.components, variables.units, strict=True)):
+    for component, units in zip(problem.components, variables.units, strict=True):
+        size = SHARE * norm / math.sqrt(component.weight)
         if units.u is not None:
-            rates.append(SHARE * scale(k) / math.sqrt(component.p))
-        rates.append(SHARE * scale(k) / math.sqrt(component.q))
+            rates.append(size / math.sqrt(component.p))
+        rates.append(size / math.sqrt(component.q))
     tensors = variables.tensors()
     if variables.intercept is not None:
         rates.append(0.01)

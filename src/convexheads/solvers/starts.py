@@ -1,0 +1,180 @@
+"""Where the factored solver starts: small random units, brought near the optimum before whole-batch iterations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from convexheads.problem import Component, Problem
+from convexheads.solvers.proximal import has_vector_blocks, proximal_start
+from convexheads.solvers.units import canonical, filled, no_units
+from convexheads.solvers.warmup import BATCH, adam_epochs
+from convexheads.types import Factors, Units
+
+WARMUP_SAMPLES = 1000
+"""Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
+WARMUP_WORK = 2e8
+"""Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
+LEAST_EPOCHS = 8
+"""Epochs of the warm-up from other factors, and the fewest from none; the most are 16 ..."""
+WARMUP_STEPS = 400
+"""... for about so many mini-batches ..."""
+MOST_STAGES = 3
+"""... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
+FEW_UNITS = 24
+"""Units of a component that a solve without epochs of Adam starts with, or all there can be."""
+FIRST_UNITS = 40
+"""Units of a component to start with elsewhere, over all gates."""
+MANY_UNITS = 128
+"""Units over all gates up to which each gate has at least 8."""
+SPARE = 0.01
+"""Share of the nuclear norm, in the smallest units, that is dropped after the first epochs ..."""
+SATURATED = 0.9
+"""... and as many units again are added if more than this share of them is left."""
+
+
+def start_scale(problem: Problem, units: int) -> float:
+    """Typical ||u_j|| at the optimum: beta sum ||u_j||^2 is a fair part of the loss at zero."""
+    loss = problem.null_loss()
+    return math.sqrt(0.3 * max(loss, 1e-12) / (problem.beta * max(1, units)))
+
+
+def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
+    """Units a gate for each component: all there can be, or a first guess."""
+    found = []
+    for component in problem.components:
+        full = 1 if component.ridge else min(component.p, component.q)
+        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else FIRST_UNITS
+        count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
+        found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
+    return found
+
+
+def quick(problem: Problem, counts: list[int]) -> bool:
+    """Whether a whole-batch evaluation costs little more than one on a mini-batch; ``counts`` units a gate."""
+    work = sum(
+        6.0 * problem.n * count * c.n_gates * (c.form.unit_work + c.q)
+        for count, c in zip(counts, problem.components, strict=True)
+    )
+    return problem.n < WARMUP_SAMPLES or work <= WARMUP_WORK
+
+
+def random_factors(problem: Problem, counts: list[int], generator: torch.Generator, dtype: torch.dtype) -> Factors:
+    """Small random units, scaled so that no setting depends on the scale of tokens or beta."""
+    total = sum(n * c.n_gates for n, c in zip(counts, problem.components, strict=True) if not c.ridge)
+    norm = 0.18 * start_scale(problem, total)
+    units = []
+    for count, component in zip(counts, problem.components, strict=True):
+        k, c = component.form.value_width, component.width
+        if component.ridge:
+            units.append(Units(None, torch.zeros(1, k, c, dtype=dtype, device=problem.device)))
+            continue
+        m = count * component.n_gates
+        scale = norm / math.sqrt(component.weight)
+        u = torch.randn(m, *component.form.u_shape, generator=generator, dtype=torch.float64)
+        v = torch.randn(m, k, c, generator=generator, dtype=torch.float64)
+        gate = None
+        if component.gates is not None:
+            gate = torch.arange(component.n_gates, device=problem.device).repeat_interleave(count)
+        units.append(
+            Units(
+                (u * (scale / math.sqrt(component.p))).to(problem.device, dtype),
+                (v * (scale / math.sqrt(component.q))).to(problem.device, dtype),
+                gate,
+            )
+        )
+    _, b = problem.null_outputs()
+    return Factors(units, None if b is None else b.to(dtype))
+
+
+def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generator) -> Factors:
+    """Random units, brought near the optimum by epochs of Adam where there are many samples."""
+    counts = initial_units(problem, max_rank)
+    start = random_factors(problem, counts, generator, problem.dtype)
+    empty = Factors([units if units.u is None else no_units(units) for units in start.units], start.intercept)
+    if not bool(problem.null_gradient().any()):
+        # Constant targets: the empty head is exact, and what units would start with only has to shrink.
+        return empty
+    if quick(problem, counts) or not start.n_units:
+        return vector_guess(problem, empty, max_rank) or start
+    norm = start_scale(problem, start.n_units)
+    epochs = min(16, max(LEAST_EPOCHS, round(WARMUP_STEPS * BATCH / problem.n)))
+    for _ in range(MOST_STAGES):
+        found = adam_epochs(problem, start, norm, epochs, generator)
+        start, saturated = resize(problem, found, counts, max_rank, generator)
+        if not saturated:
+            break
+        counts = [2 * count for count in counts]
+    return start
+
+
+def vector_guess(problem: Problem, start: Factors, max_rank: int | None) -> Factors | None:
+    """Where blocks are vectors, those that proximal steps arrive at; None elsewhere and for the empty head."""
+    if max_rank is not None or not has_vector_blocks(problem):
+        return None
+    found = proximal_start(problem, start)
+    return found if found.n_units else None
+
+
+def second_guess(problem: Problem, init: Factors, max_rank: int | None, generator: torch.Generator) -> Factors | None:
+    """A warm start with as many small random units again, brought near the optimum in the same way.
+
+    None if that is no better than the start itself, or not worth trying.
+    """
+    if problem.n < WARMUP_SAMPLES or all(component.ridge for component in problem.components):
+        return None
+    init = init.to(problem.dtype)
+    counts = [
+        0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
+        for c, units in zip(problem.components, init.units, strict=True)
+    ]
+    found = vector_guess(problem, init, max_rank) if quick(problem, counts) else None
+    if found is not None:
+        return found
+    fresh = random_factors(problem, [max(1, n) for n in counts], generator, problem.dtype)
+    units = [
+        filled(old, new, vacant(component, old, init.n_units, max_rank), generator)
+        for component, old, new in zip(problem.components, init.units, fresh.units, strict=True)
+    ]
+    start = Factors(units, init.intercept)
+    found = adam_epochs(problem, start, 0.5 * start_scale(problem, max(1, start.n_units)), LEAST_EPOCHS, generator)
+    found = slim(problem, found)
+    # Epochs leave the neighbourhood of an optimum that the start is already in.
+    return found if problem.value_and_gradient(found)[0] < problem.value_and_gradient(init)[0] else None
+
+
+def vacant(component: Component, units: Units, total: int, max_rank: int | None) -> int:
+    """Units that a component may still get, of which it has ``units`` and all components together ``total``."""
+    room = min(component.p, component.q) * component.n_gates - len(units.v)
+    return room if max_rank is None else min(room, max_rank - total)
+
+
+def slim(problem: Problem, factors: Factors) -> Factors:
+    """Factors without the smallest units, which together carry next to nothing."""
+    total = sum(float(b.double().sum()) for b in canonical(problem, factors, 0.0)[1])
+    weight = max(problem.penalty_weight(c) for c in problem.components)
+    return canonical(problem, factors, SPARE * weight * total)[0]
+
+
+def resize(
+    problem: Problem, factors: Factors, counts: list[int], max_rank: int | None, generator: torch.Generator
+) -> tuple[Factors, bool]:
+    """Drop the units that carry next to nothing, and add small random ones; whether nearly all were in use.
+
+    Then as many again are added.
+    """
+    slimmed = slim(problem, factors)
+    fresh = random_factors(problem, counts, generator, problem.dtype)
+    units = []
+    doubled = False
+    for component, small, full, new in zip(problem.components, slimmed.units, factors.units, fresh.units, strict=True):
+        # A margin over the units in use: with too few, the factored objective stalls.
+        saturated = len(small.v) > SATURATED * len(full.v)
+        room = min(
+            vacant(component, small, slimmed.n_units, max_rank),
+            len(full.v) if saturated else len(small.v) // 6,
+        )
+        units.append(filled(small, new, room, generator))
+        doubled = doubled or (saturated and len(units[-1].v) > len(small.v))
+    return Factors(units, factors.intercept), doubled

@@ -1,0 +1,230 @@
+"""Operations on units that leave the outputs as they are, or nearly: what solvers drop, join, turn and choose."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convexheads.problem import Problem
+from convexheads.solvers.lbfgs import Apply
+from convexheads.spectral import balanced_factors
+from convexheads.subspace import SingularPair
+from convexheads.types import Factors, Units
+
+
+def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors, list[Tensor]]:
+    """Balanced, orthogonal units of every block; the smallest are dropped.
+
+    ``drop`` bounds beta w sum of the singular values dropped over all blocks: the objective rises by less, to second
+    order, because at the optimum the loss falls by as much as the penalty rises.
+    """
+    parts = []
+    tails: list[tuple[float, int, int]] = []
+    for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
+        if units.u is None:
+            continue
+        for g in problem.gates_of(k):
+            own = slice(None) if units.gate is None else units.gate == g
+            u, v = units.u[own].double().flatten(1), units.v[own].double().flatten(1)
+            if not len(u):
+                continue
+            u, v, sigma = balanced_factors(u, v)
+            parts.append((k, g, u, v, sigma))
+            weight = problem.penalty_weight(component)
+            tails += [(weight * float(s), len(parts) - 1, r) for r, s in enumerate(sigma)]
+    keep = [len(part[4]) for part in parts]
+    spent = 0.0
+    for cost, which, rank in sorted(tails):
+        spent += cost
+        if spent > drop and cost > 0:
+            break
+        keep[which] = min(keep[which], rank)
+    found: list[Units] = []
+    spectra: list[Tensor] = []
+    for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
+        if units.u is None:
+            found.append(units)
+            continue
+        own_parts = [(part, keep[i]) for i, part in enumerate(parts) if part[0] == k]
+        shape_v = (component.form.value_width, component.width)
+        us = [part[2][:r].view(-1, *component.form.u_shape) for part, r in own_parts]
+        vs = [part[3][:r].view(-1, *shape_v) for part, r in own_parts]
+        gates = [torch.full((r,), part[1], device=problem.device) for part, r in own_parts if part[1] is not None]
+        dtype = units.v.dtype
+        empty_u = units.u.new_zeros(0, *component.form.u_shape)
+        u = torch.cat(us).to(dtype) if us else empty_u
+        v = torch.cat(vs).to(dtype) if vs else units.v.new_zeros(0, *shape_v)
+        gate = None
+        if component.gates is not None:
+            gate = torch.cat(gates) if gates else torch.zeros(0, dtype=torch.long, device=problem.device)
+        found.append(Units(u, v, gate))
+        spectra += [part[4][:r] for part, r in own_parts]
+    return Factors(found, factors.intercept), spectra
+
+
+def principal_units(problem: Problem, factors: Factors, gradient: Factors, spare: float) -> list[Tensor | None]:
+    """For every component the map (kept, m) with orthonormal rows from its units to the principal ones that are kept.
+
+    Within a block (U, V) -> (R U, R V) changes nothing for orthogonal R. With R from U U^T + V V^T the units are
+    orthogonal once they are balanced, and the smallest can go: those dropped carry less than ``spare`` in all, and
+    none of them grows along minus the ``gradient``.
+    """
+    found: list[Tensor | None] = []
+    parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    for k, units in enumerate(factors.units):
+        found.append(None)
+        if units.u is None:
+            continue
+        weight = problem.penalty_weight(problem.components[k])
+        for g in problem.gates_of(k):
+            own = torch.arange(len(units.v)) if units.gate is None else units.gate.eq(g or 0).nonzero()[:, 0]
+            u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
+            size, vectors = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
+            slopes = gradient.units[k]
+            assert slopes.u is not None
+            against = u @ slopes.u[own].flatten(1).double().mT + v @ slopes.v[own].flatten(1).double().mT
+            growing = (vectors.mT @ against * vectors.mT).sum(1) < 0
+            # What grows is no candidate, however small.
+            parts.append((k, own, torch.where(growing, math.inf, weight * size), vectors.mT))
+    sizes = torch.cat([part[2] for part in parts]) if parts else torch.zeros(0)
+    ordered, _ = sizes.clamp_min(0).sort()
+    n_dropped = int((ordered.cumsum(0) <= spare).sum())
+    least = float(ordered[n_dropped]) if n_dropped < len(ordered) else math.inf
+    for k, units in enumerate(factors.units):
+        if units.u is None:
+            continue
+        rows = []
+        for _, own, size, vectors in (part for part in parts if part[0] == k):
+            kept = vectors[size >= least]
+            row = kept.new_zeros(len(kept), len(units.v))
+            row[:, own] = kept
+            rows.append(row)
+        found[k] = torch.cat(rows).to(units.v.dtype)
+    return found
+
+
+def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
+    """Factors, or a vector of their shape, under the maps of :func:`principal_units`."""
+    units = []
+    for old, rows in zip(factors.units, maps, strict=True):
+        if old.u is None or rows is None:
+            units.append(old)
+            continue
+        gate = old.gate
+        if gate is not None:
+            gate = gate[rows.abs().argmax(1)] if rows.numel() else gate[:0]
+        u = (rows @ old.u.flatten(1)).view(len(rows), *old.u.shape[1:])
+        v = (rows @ old.v.flatten(1)).view(len(rows), *old.v.shape[1:])
+        units.append(Units(u, v, gate))
+    return Factors(units, factors.intercept)
+
+
+def turned_rows(vectors: Tensor, factors: Factors, maps: list[Tensor | None]) -> Tensor:
+    """Each row of ``vectors`` (r, number of variables), of the shape of ``factors``, under the same maps."""
+    found = []
+    start = 0
+    for units, rows in zip(factors.units, maps, strict=True):
+        for t in units.tensors():
+            part = vectors[:, start : start + t.numel()]
+            start += t.numel()
+            found.append(part if rows is None else (rows @ part.view(len(vectors), len(t), -1)).flatten(1))
+    return torch.cat([*found, vectors[:, start:]], 1)
+
+
+def padding(before: Factors, after: Factors) -> Apply:
+    """The map of vectors of the shape of ``before`` to that of ``after``, with zeros where units are new.
+
+    New units follow the old ones of their gate.
+    """
+    numbers = before.like(torch.arange(1.0, len(before.flat()) + 1, dtype=torch.float64))
+    units = []
+    for old, new in zip(numbers.units, after.units, strict=True):
+        extra = len(new.v) - len(old.v)
+        if old.u is None or new.u is None or not extra:
+            units.append(old)
+            continue
+        gate = None
+        if old.gate is not None and new.gate is not None:
+            spare = new.gate.bincount() - old.gate.bincount(minlength=int(new.gate.max()) + 1)
+            gate = torch.arange(len(spare), device=spare.device).repeat_interleave(spare)
+        zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
+        units.append(join_units(old, zeros))
+    source = Factors(units, numbers.intercept).flat().long()
+    place = source.nonzero()[:, 0].to(before.units[0].v.device)
+    source = source[place.to(source.device)].to(place.device) - 1
+
+    def pad(vectors: Tensor) -> Tensor:
+        found = vectors.new_zeros(len(vectors), len(after.flat()))
+        found[:, place] = vectors[:, source]
+        return found
+
+    return pad
+
+
+def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
+    """The gates of some units, or None where there are no gates."""
+    return None if gate is None else gate[index]
+
+
+def pick(units: Units, index: Tensor) -> Units:
+    """Some units of a component that is no ridge branch."""
+    assert units.u is not None
+    return Units(units.u[index], units.v[index], pick_gates(units.gate, index))
+
+
+def no_units(units: Units) -> Units:
+    """None of these units."""
+    return Units(None if units.u is None else units.u[:0], units.v[:0], pick_gates(units.gate, torch.arange(0)))
+
+
+def join_units(first: Units, second: Units) -> Units:
+    """The units of both, in order of their gates."""
+    assert first.u is not None
+    assert second.u is not None
+    u, v = torch.cat([first.u, second.u]), torch.cat([first.v, second.v])
+    if first.gate is None or second.gate is None:
+        return Units(u, v)
+    gate, order = torch.sort(torch.cat([first.gate, second.gate]), stable=True)
+    return Units(u[order], v[order], gate)
+
+
+def filled(old: Units, new: Units, room: int, generator: torch.Generator) -> Units:
+    """Units, and at most ``room`` of the ``new`` ones, drawn at random."""
+    if old.u is None or room <= 0:
+        return old
+    chosen = torch.randperm(len(new.v), generator=generator)[:room].sort().values
+    return join_units(old, pick(new, chosen.to(new.v.device)))
+
+
+def unit_sizes(units: Units) -> Tensor:
+    """||u|| ||v|| of every unit: (m,), none for ridge branches."""
+    if units.u is None:
+        return units.v.new_zeros(0)
+    return units.u.flatten(1).norm(dim=1) * units.v.flatten(1).norm(dim=1)
+
+
+def largest(factors: Factors, count: int) -> Factors:
+    """The ``count`` units of largest ||u|| ||v||, in their order; ridge branches are kept."""
+    sizes = [unit_sizes(units) for units in factors.units]
+    if sum(map(len, sizes)) <= count:
+        return factors
+    least = torch.cat(sizes).topk(count).values[-1]
+    found = []
+    for units, size in zip(factors.units, sizes, strict=True):
+        if units.u is None:
+            found.append(units)
+            continue
+        kept = (size >= least).nonzero()[:, 0]
+        found.append(pick(units, kept))
+    return Factors(found, factors.intercept)
+
+
+def spanned(factors: Factors, pair: SingularPair) -> float:
+    """Norm of the part of the pair's left vector that lies in the span of its block's units."""
+    units = factors.units[pair.component]
+    assert units.u is not None
+    own = slice(None) if units.gate is None else units.gate == pair.gate
+    basis = torch.linalg.qr(units.u[own].flatten(1).double().mT).Q
+    return float((basis.mT @ pair.u.double()).norm())
