@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ import torch
 
 from convexheads import ConvexHeadClassifier
 from convexheads.bench import BENCHMARKS, gated_mlp, scaling
-from convexheads.bench.common import Ratio, TokenSource, curve, seconds_to, threads, timed
+from convexheads.bench.common import Ratio, Timing, TokenSource, curve, seconds_to, threads, timed
 from convexheads.bench.independent import Solution, Task, beta_max, check, outputs, ridge_gradient
 from convexheads.bench.logistic import real_features
 from convexheads.bench.problems import make_task, our_problem, our_solution, patch_tokens, synthetic_tokens
@@ -25,6 +26,7 @@ from convexheads.certificate import certify_factors
 from convexheads.cli import main
 from convexheads.commands import bench as bench_command
 from convexheads.solvers import solver_function
+from convexheads.solvers.factored import largest_product
 from convexheads.subspace import beta_max as our_beta_max
 from convexheads.tokens import TokenStore
 
@@ -163,6 +165,29 @@ def test_operations_of_an_evaluation_are_counted() -> None:
         assert len(timing.runs) >= scaling.SMALLEST_REPEATS
     assert counted[1] == 2 * counted[0]
     assert counted[2] == 2 * counted[1]
+
+
+def test_evaluations_and_the_peak_are_measured_as_the_solver_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[float] = []
+    inside = [False]
+
+    @contextlib.contextmanager
+    def spy(multiplications: float) -> Iterator[None]:
+        entered.append(multiplications)
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def spied(function: Callable[[], object], repeats: int) -> tuple[Timing, object]:
+        assert inside[0]
+        return timed(function, repeats)
+
+    monkeypatch.setattr(scaling, "fast_products", spy)
+    monkeypatch.setattr(scaling, "timed", spied)
+    problem = our_problem(scaling.Sizes(64, 4, 4, 3, 4).task(0))
+    scaling.measure_evaluation(problem, 4, scaling.Settings())
+    assert scaling.matrix_product_peak(64) > 0
+    assert entered == [largest_product(problem), 64**3]
 
 
 def test_real_tokens(tmp_path: Path) -> None:
