@@ -17,7 +17,9 @@ WARMUP_SAMPLES = 1000
 WARMUP_WORK = 2e8
 """Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
 LEAST_EPOCHS = 8
-"""Epochs of the warm-up from other factors, and the fewest from none; the most are 16 ..."""
+"""Epochs of the warm-up from other factors, and the fewest from none ..."""
+MOST_EPOCHS = 16
+"""... and the most ..."""
 WARMUP_STEPS = 400
 """... for about so many mini-batches ..."""
 MOST_STAGES = 3
@@ -99,7 +101,7 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
     if quick(problem, counts) or not start.n_units:
         return vector_guess(problem, empty, max_rank) or start
     norm = start_scale(problem, start.n_units)
-    epochs = min(16, max(LEAST_EPOCHS, round(WARMUP_STEPS * BATCH / problem.n)))
+    epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(WARMUP_STEPS * BATCH / problem.n)))
     for _ in range(MOST_STAGES):
         found = adam_epochs(problem, start, norm, epochs, generator)
         start, saturated = resize(problem, found, counts, max_rank, generator)
