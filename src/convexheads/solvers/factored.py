@@ -47,7 +47,9 @@ from convexheads.subspace import BlockSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 30
-"""Iterations between two preconditioners."""
+"""Iterations between two preconditioners ..."""
+NEARLY, REBUILD_NEARLY = 2.0, 45
+"""... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
 SETTLED = 0.5
@@ -361,7 +363,8 @@ class Factored:
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
             if self.n_iter >= self.max_iter:
                 break
-            if self.n_iter - built_at >= REBUILD:
+            near = bound is not None and bound.relative_gap <= NEARLY * self.tol
+            if self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD):
                 optimiser.inverse = None  # its memory goes first
                 inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
                 optimiser.set_inverse(inverse.apply)
