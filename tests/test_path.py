@@ -87,6 +87,29 @@ def test_of_equal_scores_the_lower_loss_wins() -> None:
     assert path.best == 1
 
 
+@pytest.mark.parametrize(("criterion", "best", "walked"), [("score", 3, 4), ("loss", 1, 3)])
+def test_the_criterion_chooses_and_ends_the_path(criterion: str, best: int, walked: int) -> None:
+    X, y = data()
+    problem = problem_of(ConvexHeadClassifier(head="mlp"), X, y)
+    judged = iter([(0.1, 3.0), (0.2, 1.0), (0.3, 2.0), (0.4, 2.0)])
+    path = walk_path(
+        problem,
+        beta_max(problem),
+        lambda factors: next(judged),
+        ratios=(0.8, 0.6, 0.5, 0.4),
+        patience=1,
+        criterion=criterion,
+    )
+    assert (path.best, len(path.steps), path.stopped_early) == (best, walked, criterion == "loss")
+
+
+def test_a_head_is_chosen_by_its_validation_loss() -> None:
+    X, y = data()
+    model = ConvexHeadClassifierCV(head="mlp", beta_ratios=RATIOS, patience=None, criterion="loss").fit(X, y)
+    least = min(model.path_, key=lambda step: step["loss"])
+    assert model.best_beta_ratio_ == least["beta_ratio"]
+
+
 def test_every_step_of_the_path_is_a_fit_of_its_beta() -> None:
     """Warm starts change the way, not the end: each objective is that of a fit from scratch."""
     X, y = data()
@@ -395,7 +418,7 @@ def test_scikit_learn_conventions() -> None:
 def test_parameters_are_those_of_the_estimator() -> None:
     for cls, plain in ((ConvexHeadClassifierCV, ConvexHeadClassifier), (ConvexHeadRegressorCV, ConvexHeadRegressor)):
         own, base = cls().get_params(), plain().get_params()
-        extra = {"beta_ratios", "validation", "path_tol", "patience"}
+        extra = {"beta_ratios", "validation", "path_tol", "patience", "criterion"}
         assert set(own) == (set(base) - {"beta", "beta_ratio"}) | extra
         assert all(own[name] == base[name] for name in set(own) - extra)
 
@@ -430,6 +453,7 @@ def test_containers(kind: str, tmp_path: FilePath) -> None:
         ({"path_tol": "small"}, "path_tol"),
         ({"patience": 0}, "patience"),
         ({"patience": 1.5}, "patience"),
+        ({"criterion": "accuracy"}, "criterion"),
         ({"tol": -1}, "tol"),
         ({"head": "softmax"}, "head"),
         ({"solver": "magic"}, "solver"),

@@ -18,7 +18,7 @@ from convexheads.checkpoint import Checkpoint, Checkpoints, fingerprint_array
 from convexheads.errors import InputError, describe
 from convexheads.estimators import ConvexHeadClassifier, ConvexHeadRegressor, on_device, problem_fingerprint
 from convexheads.inputs import as_tokens, shown
-from convexheads.path import DEFAULT_RATIOS, Path, PathStep, check_ratios, walk_path
+from convexheads.path import CRITERIA, DEFAULT_RATIOS, Path, PathStep, check_ratios, walk_path
 from convexheads.problem import Problem, Rows
 from convexheads.subspace import beta_max
 from convexheads.targets import encode_targets
@@ -126,6 +126,9 @@ class _PathEstimator:
         patience = self.patience  # type: ignore[attr-defined]
         if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
             raise InputError("patience: " + describe(repr(patience), "an integer >= 1, or None for the whole path"))
+        if self.criterion not in CRITERIA:  # type: ignore[attr-defined]
+            got = repr(self.criterion)  # type: ignore[attr-defined]
+            raise InputError("criterion: " + describe(got, "one of " + ", ".join(CRITERIA)))
         targets, weights, loss = base.encode(X, y, sample_weight)
         given = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y).shape
         hard = loss == "cross_entropy" and (len(given) == targets.ndim - 1 or given[-1] == 1)
@@ -212,6 +215,7 @@ class _PathEstimator:
             solver_options=base.solver_options,
             done=done,
             keep=None if kept is None else lambda steps, factors: keep_path(kept, steps, factors),
+            criterion=self.criterion,  # type: ignore[attr-defined]
         )
 
     def _refit(
@@ -247,7 +251,7 @@ class _PathEstimator:
         self.best_estimator_.save(path)
 
 
-EXTRA = ("beta_ratios", "validation", "path_tol", "patience")
+EXTRA = ("beta_ratios", "validation", "path_tol", "patience", "criterion")
 
 
 def clone_values(params: dict[str, Any]) -> dict[str, Any]:
@@ -322,8 +326,10 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
     validation : share of the training set that is held out for the choice, class by class, seeded by
         ``random_state``.
     path_tol : relative duality gap of the fits on the path.
-    patience : stop the path once the score has been below the best so far for this many betas in a row; None: try
-        all.
+    patience : stop the path once ``criterion`` has been worse than the best so far for this many betas in a row; None:
+        try all.
+    criterion : "score" chooses the beta of the highest score (see ``path_``), "loss" that of the lowest validation
+        loss, which still tells betas apart where a few samples decide between the scores.
     head, activation, ... : as in :class:`~convexheads.ConvexHeadClassifier`, without ``beta`` and ``beta_ratio``.
 
     Attributes
@@ -365,6 +371,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         validation: float = 0.2,
         path_tol: float = 1e-2,
         patience: int | None = 2,
+        criterion: str = "score",
         solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
@@ -391,6 +398,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
+        self.criterion = criterion
         self.solver_options = solver_options
 
     def fit(
@@ -455,6 +463,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         validation: float = 0.2,
         path_tol: float = 1e-2,
         patience: int | None = 2,
+        criterion: str = "score",
         solver_options: dict[str, Any] | None = None,
     ) -> None:
         self.head = head
@@ -478,6 +487,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.validation = validation
         self.path_tol = path_tol
         self.patience = patience
+        self.criterion = criterion
         self.solver_options = solver_options
 
     def fit(

@@ -20,6 +20,8 @@ from convexheads.solvers import Solution, solver_function
 from convexheads.types import Factors, Units
 
 DEFAULT_RATIOS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+CRITERIA = ("score", "loss")
+"""What the best step of a path has: the highest validation score, or the lowest validation loss."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class PathStep:
 
 @dataclass
 class Path:
-    """The steps of a path in the order in which they were walked, and the factors of the best one."""
+    """The steps of a path in the order in which they were walked, and the factors of the best one by ``criterion``."""
 
+    criterion: str = "score"
     steps: list[PathStep] = field(default_factory=list)
     best: int = 0
     factors: Factors | None = None
@@ -60,12 +63,15 @@ class Path:
     below: int = 0
 
     def add(self, step: PathStep, factors: Factors) -> None:
-        """Take in the next step; ``below`` counts those since a score as good as the best."""
+        """Take in the next step; ``below`` counts those since one as good as the best by the criterion."""
         self.steps.append(step)
-        best = self.steps[self.best]
-        if self.factors is None or (step.score, -step.loss) > (best.score, -best.loss):
+        if self.factors is None or self.merits(step) > self.merits(self.steps[self.best]):
             self.best, self.factors = len(self.steps) - 1, factors
-        self.below = self.below + 1 if step.score < self.steps[self.best].score else 0
+        self.below = self.below + 1 if self.merits(step)[0] < self.merits(self.steps[self.best])[0] else 0
+
+    def merits(self, step: PathStep) -> tuple[float, float]:
+        """What steps are compared by, higher is better: the criterion, then the other one."""
+        return (step.score, -step.loss) if self.criterion == "score" else (-step.loss, step.score)
 
     @property
     def best_ratio(self) -> float:
@@ -128,6 +134,7 @@ def walk_path(
     solver_options: Mapping[str, Any] | None = None,
     done: tuple[Sequence[PathStep], Factors] | None = None,
     keep: Callable[[Sequence[PathStep], Factors], None] | None = None,
+    criterion: str = "score",
 ) -> Path:
     """Fit at every ratio of ``beta_max`` in descending order and keep the best on validation data.
 
@@ -138,17 +145,18 @@ def walk_path(
     evaluate : factors -> (validation score, higher is better; validation loss).
     ratios : betas as shares of ``beta_max``, in any order.
     tol : relative duality gap of the fits on the path.
-    patience : stop once the score has been below the best so far for this many betas in a row; None: walk to the
-        end.
+    patience : stop once the criterion has been worse than the best so far for this many betas in a row; None: walk to
+        the end.
     solver, max_iter, max_rank, random_state, solver_options : as in the estimators.
     progress : called with every finished step.
     done : steps of the same path that an earlier run has made, and the factors of the last one: it goes on from there.
     keep : called after every step with the steps so far and the factors of the last one.
+    criterion : what the best step has: "score", the highest score, or "loss", the lowest validation loss.
 
-    Of equal scores the lower validation loss wins, then the larger beta.
+    Of equal scores the lower validation loss wins and of equal losses the higher score, then the larger beta.
     """
     solve = solver_function(solver)
-    path = Path()
+    path = Path(criterion)
     # The solution at beta_max, from which the first beta is reached with few units.
     start = empty_factors(problem)
     for step in done[0] if done is not None else ():

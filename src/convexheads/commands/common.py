@@ -497,7 +497,13 @@ def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patienc
         type=count,
         default=patience,
         metavar="N",
-        help="stop trying smaller betas after N in a row below the best accuracy (default: %(default)s)",
+        help="stop trying smaller betas after N in a row that are worse than the best (default: %(default)s)",
+    )
+    group.add_argument(
+        "--criterion",
+        choices=("score", "loss"),
+        default="score",
+        help="the best beta has the highest accuracy (score) or the lowest loss on validation (default: %(default)s)",
     )
 
 

@@ -229,6 +229,7 @@ def compare(args: argparse.Namespace, train: common.Tokens, test: common.Tokens,
         "validation": args.validation,
         "path_tol": args.path_tol,
         "patience": args.patience,
+        "criterion": args.criterion,
     }
     run_ = _Run(args, preprocessing, train, test, y, output, Comparison(settings))
     return run_.all()
@@ -367,6 +368,7 @@ class _Run:
                 validation=args.validation,
                 path_tol=args.path_tol,
                 patience=args.patience,
+                criterion=args.criterion,
                 verbose=0 if args.quiet else 1,
             )
         else:

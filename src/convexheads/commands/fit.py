@@ -217,6 +217,7 @@ def run(args: argparse.Namespace) -> int:
             validation=args.validation,
             path_tol=args.path_tol,
             patience=args.patience,
+            criterion=args.criterion,
         )
     else:
         ratio = 0.02 if args.beta_ratio is None else args.beta_ratio
