@@ -512,11 +512,8 @@ class Factored:
         """The certified solution without its smallest units; ``bound`` is the estimate with all of them, if known."""
         problem = self.problem
         self.n_proofs += 1
-        if bound is None and factors.n_units:
-            bound, _ = self.estimate(factors)
         if factors.n_units:
-            assert bound is not None
-            factors, bound = self.slim(factors, bound)
+            factors, bound = self.slim(factors, self.estimate(factors)[0] if bound is None else bound)
         if self.proves:
             factors, certificate = certify_refitted(problem, factors)
         else:
