@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from contract_cases import Case, make_setting
+from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import starts
 from convexheads.solvers.base import solver_function
@@ -111,3 +112,12 @@ def test_units_that_are_all_in_use_are_doubled() -> None:
     smaller, saturated = resize(found, idle, [8], None, generator)
     assert not saturated
     assert smaller.n_units < 8
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
+    """A share of beta_max is zero where targets are constant: with one output, softmax always is."""
+    found = make_setting(Case("self_attention", "linear", loss="cross_entropy", c=1, n=30)).problem
+    assert beta_max(found) < 1e-12
+    with pytest.raises(InputError, match=r"beta: got .*; expected a positive number"):
+        found.with_beta(beta)

@@ -22,6 +22,7 @@ from torch import Tensor
 from convexheads import memory
 from convexheads.architectures import Pullback, Stats
 from convexheads.distributed import ALONE, World
+from convexheads.errors import InputError, describe
 from convexheads.losses import Loss, SharedLoss
 from convexheads.operator import Component, split_rows
 from convexheads.types import Factors, Units
@@ -55,6 +56,19 @@ class KeptRows(Protocol):
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
+def positive(beta: float) -> float:
+    """A weight decay that the program is bounded with; InputError if it is none.
+
+    Zero is what a share of beta_max comes to where the loss is the same whatever the outputs are.
+    """
+    if not (math.isfinite(beta) and beta > 0):
+        raise InputError(
+            "beta: "
+            + describe(repr(float(beta)), "a positive number", "Where it is a share of beta_max, targets are constant.")
+        )
+    return float(beta)
+
+
 class Problem:
     """A convex program on given tokens.
 
@@ -77,6 +91,10 @@ class Problem:
     n, local, start : samples in all, samples here, and number of the first one here.
     negligible : objectives below this are zero: what is left of constant targets, say.
     own_loss : the loss without the other workers' samples: for parts of the samples.
+
+    Raises
+    ------
+    InputError : where beta is not a positive number.
     """
 
     def __init__(
@@ -100,7 +118,7 @@ class Problem:
         self.components = [component.to(self.device) for component in components]
         self.targets = targets.to(self.device, torch.float64)
         self.weights = weights.to(self.device, torch.float64)
-        self.beta, self.fit_intercept, self.dtype = float(beta), fit_intercept, dtype
+        self.beta, self.fit_intercept, self.dtype = positive(beta), fit_intercept, dtype
         self.local = len(self.targets)
         self.n = round(world.total(self.local))
         self.start = world.rows(self.n).start
@@ -121,7 +139,7 @@ class Problem:
         """The same program at another beta, sharing tokens and cached statistics."""
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__)
-        other.beta = float(beta)
+        other.beta = positive(beta)
         return other
 
     def with_components(self, components: list[Component]) -> Problem:
