@@ -273,7 +273,8 @@ def make(case: Tiny, gates: int | None = None) -> Setting:
         case.intercept,
         torch.float64,
     )
-    program = program.with_beta(case.ratio * beta_max(program))
+    # A few random gates may shut out all of so few tokens: then beta_max is zero, and any beta will do.
+    program = program.with_beta(case.ratio * (beta_max(program) or 1.0))
     return Setting(program, program.with_components(branch.network().components(0)), branch, X)
 
 

@@ -59,13 +59,11 @@ class KeptRows(Protocol):
 def positive(beta: float) -> float:
     """A weight decay that the program is bounded with; InputError if it is none.
 
-    Zero is what a share of beta_max comes to where the loss is the same whatever the outputs are.
+    Zero is what a share of beta_max comes to where no head is better than none: constant targets, dead gates.
     """
     if not (math.isfinite(beta) and beta > 0):
-        raise InputError(
-            "beta: "
-            + describe(repr(float(beta)), "a positive number", "Where it is a share of beta_max, targets are constant.")
-        )
+        fix = "A share of beta_max is zero where targets are constant or gates shut all tokens out: give beta itself."
+        raise InputError("beta: " + describe(repr(float(beta)), "a positive number", fix))
     return float(beta)
 
 
