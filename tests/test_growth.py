@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract_cases import Case, make_setting
+from contract_cases import Case, make_setting, random_units
 from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import starts
 from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored
 from convexheads.solvers.starts import random_factors, resize, second_guess
-from convexheads.solvers.units import principal_units
+from convexheads.solvers.units import join_units, padding, principal_units
 from convexheads.subspace import BlockSubspace, beta_max
 from convexheads.types import Factors, Units
 
@@ -112,6 +112,27 @@ def test_units_that_are_all_in_use_are_doubled() -> None:
     smaller, saturated = resize(found, idle, [8], None, generator)
     assert not saturated
     assert smaller.n_units < 8
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
+    """Where new units are zero, the variables of all of them are those of the old ones, padded."""
+    found = make_setting(Case("mixer", activation, n=10), Case("linear", n=10), Case("self_attention", n=10)).problem
+    before = random_units(found)
+    units = []
+    for old in before.units:
+        if old.u is None:
+            units.append(old)
+            continue
+        # One more of the first gate, two of the last.
+        gate = None if old.gate is None else torch.tensor([0, int(old.gate[-1]), int(old.gate[-1])])
+        more = Units(torch.zeros(3, *old.u.shape[1:]).double(), torch.zeros(3, *old.v.shape[1:]).double(), gate)
+        units.append(join_units(old, more))
+    after = Factors(units, before.intercept)
+    assert len(after.flat()) > len(before.flat())
+    vectors = torch.stack([before.flat(), -2.0 * before.flat()])
+    expected = torch.stack([after.flat(), -2.0 * after.flat()])
+    assert torch.equal(padding(before, after)(vectors), expected)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])

@@ -23,7 +23,7 @@ def quadratic(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def minimiser(A: Tensor, b: Tensor, memory: int) -> LBFGS:
-    return LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, memory)
+    return LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, memory, rescale=1)
 
 
 def two_loops(pairs: list[tuple[Tensor, Tensor]], gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -88,8 +88,34 @@ def test_pairs_under_a_rotation_give_the_rotated_direction() -> None:
     turned = optimiser.pairs.mapped(lambda vectors: vectors @ Q.mT)
     assert len(turned) == len(optimiser.pairs)
     g = optimiser.gradient
-    expected = Q @ optimiser.pairs.direction(g, torch.clone)
-    torch.testing.assert_close(turned.direction(Q @ g, torch.clone), expected, rtol=1e-9, atol=1e-12)
+    scale = optimiser.pairs.scale(torch.clone)
+    assert turned.scale(torch.clone) == pytest.approx(scale, rel=1e-9)
+    expected = Q @ optimiser.pairs.direction(g, torch.clone, scale)
+    torch.testing.assert_close(turned.direction(Q @ g, torch.clone, scale), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_scale_is_taken_from_every_few_pairs() -> None:
+    """It costs as much as applying the preconditioner, so that the count of applications tells."""
+    A, b = quadratic(12, 5)
+    applied = 0
+
+    def inverse(vectors: Tensor) -> Tensor:
+        nonlocal applied
+        applied += 1
+        return vectors / A.diagonal()
+
+    optimiser = LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, rescale=4)
+    optimiser.set_inverse(inverse)
+    assert optimiser.step()  # without pairs: the preconditioner itself
+    applied = 0
+    for _ in range(8):
+        optimiser.direction()
+    assert applied == 8 + 2
+    # Another preconditioner has another scale.
+    optimiser.set_inverse(inverse)
+    applied = 0
+    optimiser.direction()
+    assert applied == 2
 
 
 def test_pairs_without_curvature_are_dropped_by_a_map() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from convexheads import products
+from contract_cases import SMALL, Case, make_setting, random_units
+from convexheads import memory, products
+from convexheads.problem import Problem
 from convexheads.products import WORTH, exact_through_onednn, fast_products
+from convexheads.solvers import solver_function, warmup
+from convexheads.types import Factors
 
 can_be_set = pytest.mark.skipif(products._setting() is None, reason="this torch cannot be told oneDNN's precision")
 
@@ -77,3 +83,85 @@ def test_a_machine_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not exact_through_onednn()
     exact_through_onednn.cache_clear()
+
+
+def float32_problem(case: Case, beta: float = 0.02) -> Problem:
+    return make_setting(case, beta=beta).problem.in_dtype(torch.float32)
+
+
+SOME = [case for case in SMALL if case.head in ("self_attention", "mixer")]
+
+
+def test_low_precision_is_only_for_devices_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    assert products.low_precision(cpu) is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    expected = torch.bfloat16 if torch.backends.mkldnn.is_available() else None
+    assert products.low_precision(cpu) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert products.low_precision(cpu) is None
+    assert products.low_precision(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_a_gradient_in_low_precision_is_near_the_exact_one(case: Case, loss: str) -> None:
+    problem = float32_problem(replace(case, n=200, loss=loss))
+    low = problem.in_low_precision(torch.bfloat16)
+    assert low.low is torch.bfloat16
+    factors = random_units(problem).to(torch.float32)
+    value, gradient = problem.flat_value_and_gradient(factors, factors.flat())
+    rough_value, rough = low.flat_value_and_gradient(factors, factors.flat())
+    assert rough.dtype == torch.float32
+    assert 0 < float((rough - gradient).norm()) < 0.02 * float(gradient.norm())
+    assert rough_value == pytest.approx(value, rel=5e-3)
+    # What is no gradient is untouched, and full precision comes back.
+    assert torch.equal(low.forward(factors), problem.forward(factors))
+    again = low.in_full_precision()
+    assert again.low is None
+    assert torch.bfloat16 not in problem._cache
+    torch.testing.assert_close(again.flat_value_and_gradient(factors, factors.flat())[1], gradient)
+
+
+def test_low_precision_is_left_out_where_it_cannot_be() -> None:
+    """Fourier transforms, a memory limit, or no room for the statistics twice."""
+    fno = float32_problem(Case("fno", n=50))
+    assert fno.in_low_precision(torch.bfloat16) is fno
+    problem = float32_problem(Case("self_attention", n=50))
+    assert problem.in_low_precision(None) is problem
+    with memory.limited("64MB"):
+        limited = float32_problem(Case("self_attention", n=50))
+    assert limited.in_low_precision(torch.bfloat16) is limited
+    held = 50 * (4 + 4 * 4)
+    for numbers, there in ((6 * held, True), (6 * held - 1, False)):
+        problem = float32_problem(Case("self_attention", n=50))
+        problem.cache_bytes = numbers
+        assert (problem.in_low_precision(torch.bfloat16).low is not None) == there
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_solves_that_begin_in_low_precision_end_in_full(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
+    monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
+    used: list[torch.dtype | None] = []
+    evaluate = Problem.flat_value_and_gradient
+
+    def watched(self: Problem, shapes: Factors, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        used.append(self.low)
+        return evaluate(self, shapes, x)
+
+    monkeypatch.setattr(Problem, "flat_value_and_gradient", watched)
+    for loss in ("squared", "cross_entropy"):
+        used.clear()
+        problem = float32_problem(replace(case, n=300, loss=loss))
+        found = solver_function("factored")(problem, tol=1e-4)
+        assert used[0] is torch.bfloat16
+        assert used[-1] is None
+        assert torch.bfloat16 not in problem._cache
+        assert found.converged
+        assert found.certificate.certified
+        monkeypatch.setattr(warmup, "low_precision", lambda device: None)
+        full = solver_function("factored")(problem, tol=1e-4)
+        monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
+        assert found.certificate.primal == pytest.approx(full.certificate.primal, rel=2e-4)

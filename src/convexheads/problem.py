@@ -12,7 +12,7 @@ which has the same minimum as soon as there are enough units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -56,6 +56,12 @@ class KeptRows(Protocol):
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
+def _held_bytes(cache: Mapping[Any, Sequence[Sequence[Any]] | None]) -> int:
+    """Bytes of the statistics of a cache that are in memory."""
+    tensors = [t for whole in cache.values() for stats in whole or [] for t in stats if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def positive(beta: float) -> float:
     """A weight decay that the program is bounded with; InputError if it is none.
 
@@ -89,6 +95,7 @@ class Problem:
     n, local, start : samples in all, samples here, and number of the first one here.
     negligible : objectives below this are zero: what is left of constant targets, say.
     own_loss : the loss without the other workers' samples: for parts of the samples.
+    low : dtype of the factors of matrix products in the objective's gradient; None: that of the variables.
 
     Raises
     ------
@@ -117,6 +124,7 @@ class Problem:
         self.targets = targets.to(self.device, torch.float64)
         self.weights = weights.to(self.device, torch.float64)
         self.beta, self.fit_intercept, self.dtype = positive(beta), fit_intercept, dtype
+        self.low: torch.dtype | None = None
         self.local = len(self.targets)
         self.n = round(world.total(self.local))
         self.start = world.rows(self.n).start
@@ -152,6 +160,48 @@ class Problem:
         other.__dict__.update(self.__dict__)
         other.dtype = dtype
         return other
+
+    def in_low_precision(self, low: torch.dtype | None) -> Problem:
+        """The same program with the matrix products of its gradient in ``low`` precision, and sums in full precision.
+
+        The same object where ``low`` is None, where a head takes more than products, or where memory has no room for
+        its statistics in low precision as well.
+        """
+        whole = None
+        if low is not None and self.budget.limit is None and all(c.form.products_only for c in self.components):
+            whole = self._low_stats(low)
+        if whole is None:
+            return self
+        other = self.in_dtype(self.dtype)
+        other.low = low
+        return other
+
+    def in_full_precision(self) -> Problem:
+        """The same program with all products in full precision again; statistics in low precision are freed."""
+        if self.low is None:
+            return self
+        self._cache.pop(self.low, None)
+        other = self.in_dtype(self.dtype)
+        other.low = None
+        return other
+
+    def _low_stats(self, low: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
+        """Statistics rounded to ``low`` precision from those in memory; None where there is no room for both."""
+        if low not in self._cache:
+            whole = self._cached_stats(self.dtype)
+            tensors = [t for stats in whole or [] for t in stats]
+            if whole is None or not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
+                return None
+            room = self.cache_bytes - _held_bytes(self._cache)
+            if sum(t.numel() * low.itemsize for t in tensors if isinstance(t, Tensor)) > room:
+                return None
+            self._cache[low] = [tuple(t.to(low) for t in stats if isinstance(t, Tensor)) for stats in whole]
+        return self._cache[low]
+
+    def gradient_work(self, factors: Factors) -> int:
+        """Multiplications a sample that the objective's gradient takes, about."""
+        unit = [3 * c.form.unit_work + 6 * c.q for c in self.components]
+        return sum(len(units.v) * work for units, work in zip(factors.units, unit, strict=True))
 
     def penalty_weight(self, component: Component) -> float:
         return self.beta * component.weight
@@ -191,13 +241,7 @@ class Problem:
 
     def _kept_rows(self, like: list[Stats], size: int) -> list[tuple[Any, ...]] | None:
         """Empty rows for statistics of all samples that take ``size`` bytes."""
-        held = sum(
-            t.numel() * t.element_size()
-            for whole in self._cache.values()
-            for stats in whole or []
-            for t in stats
-            if isinstance(t, Tensor)
-        )
+        held = _held_bytes(self._cache)
         folder: Path | None = None
         if held + size > self.cache_bytes:
             near = next(filter(None, map(memory.folder_of, self.tokens)), None)
@@ -273,6 +317,8 @@ class Problem:
             O = first.new_zeros(len(first), self.outputs)
             for component, units, T in zip(self.components, factors.units, features, strict=True):
                 O[:, component.outputs] += component.forward(T, units.v)
+        if self.low is not None:
+            O = O.to(self.dtype)
         if factors.intercept is not None:
             O = O + factors.intercept
         return O.view(*rows_shape, self.outputs)
@@ -312,18 +358,23 @@ class Problem:
     def chunk_gradient(
         self, factors: Factors, stats: list[Stats], targets: Tensor, weights: Tensor, gradient: Factors
     ) -> float:
-        """Add the loss gradient of some samples to ``gradient``; returns their loss."""
+        """Add the loss gradient of some samples to ``gradient``; returns their loss.
+
+        ``stats`` are in the precision of the products.
+        """
+        every = factors.units if self.low is None else [units.to(self.low) for units in factors.units]
         parts = [
             component.features_and_pullback(each, units)
-            for component, each, units in zip(self.components, stats, factors.units, strict=True)
+            for component, each, units in zip(self.components, stats, every, strict=True)
         ]
-        O = self.combine(factors, [T for T, _ in parts], targets.shape[:-1])
+        O = self.combine(Factors(every, factors.intercept), [T for T, _ in parts], targets.shape[:-1])
         loss, L = self.own_loss.value_and_gradient(O, targets, weights)
         L = L.reshape(-1, self.outputs)
-        for component, units, (T, pull), g in zip(self.components, factors.units, parts, gradient.units, strict=True):
-            self._pull(component, units, T, pull, L, g)
         if gradient.intercept is not None:
             gradient.intercept += L.sum(0)
+        L = L if self.low is None else L.to(self.low)
+        for component, units, (T, pull), g in zip(self.components, every, parts, gradient.units, strict=True):
+            self._pull(component, units, T, pull, L, g)
         return loss
 
     @staticmethod
@@ -351,7 +402,7 @@ class Problem:
         factors, flat = shapes.like(x), torch.zeros_like(x)
         gradient = shapes.like(flat)
         total = 0.0
-        for index, stats in self.chunks(x.dtype, max(1, factors.n_units)):
+        for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
             total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient)
         if self.world.size > 1:
             total, gradient = self.summed(total, gradient)
@@ -392,7 +443,7 @@ class Problem:
 
         b = torch.zeros(self.outputs, dtype=O.dtype, device=O.device) if start is None else start.to(O.dtype)
         value, gradient = evaluate(b)
-        best = math.inf
+        best, slack = math.inf, 4.5 * torch.finfo(O.dtype).eps
         for _ in range(60):
             size = float(gradient.abs().max())
             done = size < ROUNDING and size >= 0.5 * best if accuracy is None else size <= accuracy
@@ -405,7 +456,7 @@ class Problem:
             while scale > 1e-8:
                 trial = b - scale * step
                 new, gradient = evaluate(trial)
-                if new <= value + 1e-15 * abs(value):
+                if new <= value + slack * abs(value):
                     b, value = trial, new
                     break
                 scale *= 0.5

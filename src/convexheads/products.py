@@ -22,6 +22,19 @@ WORTH = 2_000_000
 """Multiplications from which a product gains; calling oneDNN takes some microseconds longer."""
 
 
+def low_precision(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device has units that multiply matrices of it several times faster than of float32; or None.
+
+    These are the tiles of x86 processors (AMX) and the tensor cores of GPUs (compute capability 8 and above).
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if device.type != "cpu" or capabilities is None or not torch.backends.mkldnn.is_available():
+        return None
+    return torch.bfloat16 if capabilities().get("amx_bf16", False) else None
+
+
 def _setting() -> Any:
     """What torch is told the precision of oneDNN's products through; None where it cannot be (torch before 2.9)."""
     found = getattr(torch.backends.mkldnn, "matmul", None)

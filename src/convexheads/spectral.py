@@ -207,6 +207,19 @@ def balanced_factors(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (Qu @ (A * root)).mT, (Qv @ (Bt.mT * root)).mT, sigma
 
 
+def principal_axes(u: Tensor, v: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Sizes (r,) and axes (m, r) of the principal units of u (m, p) and v (m, q), the largest first; in float64.
+
+    Balanced units have the same axes on both sides: axes^T u and axes^T v are orthogonal then, of squared norms
+    ``sizes``. Units below the share ``least`` of the largest one are left out.
+    """
+    u, v = u.double(), v.double()
+    size, axes = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
+    size, axes = size.flip(0), axes.flip(1)
+    count = min(int((size > least * size[0]).sum()), u.shape[1], v.shape[1])
+    return size[:count], axes[:, :count]
+
+
 def nuclear_norm(u: Tensor, v: Tensor) -> float:
     """||sum_r u_r v_r^T||_* from the factors (m, p) and (m, q); never more than their weight decay."""
     if not len(u):

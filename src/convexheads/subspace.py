@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from convexheads.problem import Problem
-from convexheads.spectral import largest_singular_value
-from convexheads.types import Units
+from convexheads.spectral import largest_singular_value, principal_axes
+from convexheads.types import Factors, Units
 
 DENSE_WORK = 2e10
 """Floating-point operations up to which beta_max forms every Gamma in float64, to full accuracy."""
 DENSE_SIZE = 256
 """Largest min(p, q) for which an SVD of Gamma is cheaper than a search."""
+IN_USE = 3e-4
+"""Share of the largest unit of a block below which a unit is on its way in or out, and spans nothing."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,114 @@ class BlockSubspace:
                 part = image.u if left else image.v
                 found += part.flatten(1).split([len(search.new_u) for search in own])
         return found, ridge
+
+
+@dataclass(frozen=True)
+class OutsidePairs:
+    """Approximate leading singular pairs of (I - P) Gamma (I - Q), P and Q the projections on a block's units in use.
+
+    ``left`` (K, p) and ``right`` (K, q) with orthonormal rows, ``sigma`` (K,) in descending order.
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: Tensor
+
+
+class OutsideSubspace:
+    """Subspace iteration for :class:`OutsidePairs` of all blocks at once; remembers where it was."""
+
+    def __init__(self, problem: Problem, generator: torch.Generator) -> None:
+        self.problem, self.generator = problem, generator
+        self.right: dict[tuple[int, int | None], Tensor] = {}
+
+    def pairs(self, L: Tensor, factors: Factors, most: int, rounds: int) -> dict[tuple[int, int | None], OutsidePairs]:
+        """At most ``most`` pairs of every block, and not more than it has units; from a dual point L.
+
+        ``rounds`` passes over the samples for each side, one more for blocks that are new.
+        """
+        problem = self.problem
+        blocks = []
+        for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
+            for gate in problem.gates_of(k) if units.u is not None else ():
+                own = slice(None) if units.gate is None else units.gate == gate
+                assert units.u is not None
+                u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
+                if not len(u):
+                    continue
+                _, axes = principal_axes(u, v, IN_USE)
+                u, v = (axes.mT @ u).to(L.dtype), (axes.mT @ v).to(L.dtype)
+                room = min(component.p, component.q) - len(u)
+                blocks.append(_Outside(k, gate, u, v, min(most, len(u), room)))
+        known = [self.right.get(block.key) for block in blocks]
+        for block, right in zip(blocks, known, strict=True):
+            block.start(right, self.generator)
+        wide = [block for block in blocks if block.count]
+        for _ in range(rounds + any(right is None for right in known)):
+            if not wide:
+                break
+            for left in (True, False):
+                images = problem.adjoint(L, self._units(wide, L), sides="left" if left else "right")
+                for k, image in enumerate(images):
+                    there = [block for block in wide if block.k == k]
+                    side = image.u if left else image.v
+                    if not there or side is None:
+                        continue
+                    for block, part in zip(there, side.flatten(1).split([b.count for b in there]), strict=True):
+                        block.take(part, left)
+        self.right = {block.key: block.right for block in blocks}
+        return {block.key: block.found() for block in blocks}
+
+    def _units(self, blocks: list[_Outside], L: Tensor) -> list[Units]:
+        units = []
+        for k, component in enumerate(self.problem.components):
+            shape = (component.form.value_width, component.width)
+            own = [block for block in blocks if block.k == k]
+            if component.ridge or not own:
+                empty = None if component.ridge else L.new_zeros(0, *component.form.u_shape)
+                none = None if component.gates is None else torch.zeros(0, dtype=torch.long, device=L.device)
+                units.append(Units(empty, L.new_zeros(0, *shape), none))
+                continue
+            gate = None
+            if component.gates is not None:
+                gate = torch.cat([torch.full((b.count,), b.gate or 0, device=L.device) for b in own])
+            u = torch.cat([block.left for block in own]).view(-1, *component.form.u_shape)
+            units.append(Units(u, torch.cat([block.right for block in own]).view(-1, *shape), gate))
+        return units
+
+
+class _Outside:
+    """One block of :class:`OutsideSubspace`: ``count`` vectors on either side, orthogonal to its units u, v."""
+
+    def __init__(self, k: int, gate: int | None, u: Tensor, v: Tensor, count: int) -> None:
+        self.k, self.gate, self.count = k, gate, count
+        self.key = (k, gate)
+        self.u, self.v = (torch.linalg.qr(t.mT).Q for t in (u, v))
+        self.left, self.sigma = u.new_zeros(count, u.shape[1]), u.new_zeros(count)
+
+    @staticmethod
+    def _outside(rows: Tensor, basis: Tensor) -> Tensor:
+        for _ in range(2):
+            rows = rows - (rows @ basis) @ basis.mT
+        return rows
+
+    def start(self, known: Tensor | None, generator: torch.Generator) -> None:
+        like = self.v
+        fresh = torch.randn(self.count, len(like), generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+        rows = fresh if known is None else torch.cat([known.to(like.dtype), fresh])[: self.count]
+        self.right = torch.linalg.qr(self._outside(rows, self.v).mT).Q.mT
+
+    def take(self, image: Tensor, left: bool) -> None:
+        """Gamma of the right vectors (rows), or Gamma^T of the left ones; these make the next ones."""
+        if left:
+            self.left = torch.linalg.qr(self._outside(image, self.u).mT).Q.mT
+            return
+        # Rows are (Gamma^T left_i)^T = sum_j B_ij right_j: a singular value decomposition of what was found.
+        A, self.sigma, right = torch.linalg.svd(self._outside(image, self.v), full_matrices=False)
+        self.left, self.right = A.mT @ self.left, right
+
+    def found(self) -> OutsidePairs:
+        return OutsidePairs(self.left, self.right, self.sigma)
 
 
 class _BlockSearch:

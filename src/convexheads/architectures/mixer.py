@@ -12,6 +12,7 @@ class PooledLinearMixer(Architecture):
     """The mean over rows only sees the mean row of W1: B(u, v) = s^{-1/2} u X W2 with u in R^s."""
 
     name = "mixer"
+    products_only = True
 
     @property
     def u_shape(self) -> tuple[int, ...]:
@@ -80,6 +81,7 @@ class PooledGatedMixer(_Square):
     """s^{-1} sum_t M[t, l] (W1 X)[t, l], feature by feature: M_l^T W1 X_l with columns M_l and X_l."""
 
     name = "mixer"
+    products_only = True
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         assert gates is not None

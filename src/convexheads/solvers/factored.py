@@ -43,13 +43,26 @@ from convexheads.solvers.units import (
     turned_rows,
     unit_sizes,
 )
-from convexheads.subspace import BlockSubspace, SingularPair
+from convexheads.solvers.warmup import lowered
+from convexheads.subspace import BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 30
 """Iterations between two preconditioners ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
+NEAR = 0.1
+"""Relative gap from which the preconditioner has a part of its own for soft directions, where it is worth it ..."""
+SOFT_WORK = 7e9
+"""... because an evaluation takes this many multiplications, about, ..."""
+OUTSIDE, OUTSIDE_ROUNDS = 20, 2
+"""... with so many singular pairs of a block outside its units, from so many rounds of subspace iteration."""
+LOW_GAP = 0.1
+"""Relative gap from which products in low precision are too coarse, ..."""
+LOW_FALL = 5e-4
+"""... as they are where the objective falls by less than this share in ten iterations ..."""
+LOW_NOISE = 2e-5
+"""... because of their noise, as a share of the objective."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
 SETTLED = 0.5
@@ -70,6 +83,8 @@ ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 FREE = 1e-5
 """Share of the tolerance that the gradient of the intercept may be left with between proofs."""
+FLOAT32_GAP, ROUNDED = 5e-4, 1e-7
+"""Gaps that matter down to this are estimated in float32, where the intercept's gradient is rounding below that."""
 LIKELY = 1.2
 """A check comes where the gap, foreseen in proportion to the gradient, is at most this many times its target."""
 HOPEFUL = 5.0
@@ -157,6 +172,7 @@ class Factored:
         self.n_proofs = 0
         self.least_gap, self.least_at = math.inf, 0
         self.subspace = BlockSubspace(problem, self.generator)
+        self.beyond = OutsideSubspace(problem, self.generator)
         # The gap follows from the gradient where nothing but ridge branches is left.
         self.ridge_only = all(component.ridge for component in problem.components)
 
@@ -170,10 +186,11 @@ class Factored:
         ``precision`` is the relative gap that matters; default: the tolerance.
         """
         problem = self.problem
-        refitted, O = self.refit(factors)
+        precision = self.tol if precision is None else precision
+        refitted, O = self.refit(factors, torch.float64 if precision < FLOAT32_GAP else problem.dtype)
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
-        tol = 0.03 * (self.tol if precision is None else precision)
+        tol = 0.03 * precision
         sigma, pairs, ridge = self.subspace.top_pairs(point.L.to(problem.dtype), size, rounds, tol)
         bound = rescaled_bound(
             problem, point, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
@@ -204,16 +221,17 @@ class Factored:
             return False
         return self.n_iter - self.least_at >= (RIDGE_PATIENCE if self.ridge_only else SEARCH_PATIENCE)
 
-    def refit(self, factors: Factors) -> tuple[Factors, Tensor]:
-        """Intercept solved for outputs in the iteration's dtype."""
+    def refit(self, factors: Factors, dtype: torch.dtype) -> tuple[Factors, Tensor]:
+        """Factors in float64 with the intercept solved for, and their outputs in ``dtype``."""
         problem = self.problem
-        O = problem.forward(factors, factors.tensors()[0].dtype).double()
+        O = problem.forward(factors, factors.tensors()[0].dtype).to(dtype)
         factors = factors.to(torch.float64)
         if factors.intercept is None:
             return factors, O
-        bare = O - factors.intercept
-        b = problem.best_intercept(bare, factors.intercept, FREE * self.tol)
-        return Factors(factors.units, b), bare + b
+        bare = O - factors.intercept.to(dtype)
+        accuracy = max(FREE * self.tol, ROUNDED if dtype == torch.float32 else 0.0)
+        b = problem.best_intercept(bare, factors.intercept, accuracy)
+        return Factors(factors.units, b.double()), bare + b
 
     # Units ------------------------------------------------------------------------------------------------
 
@@ -280,6 +298,25 @@ class Factored:
         O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
+    def worth_softening(self, factors: Factors, bound: Certificate | None) -> bool:
+        """Whether soft directions get a part of their own: near an optimum, and where iterations are expensive."""
+        if bound is None or bound.relative_gap > NEAR:
+            return False
+        return self.problem.n * self.problem.gradient_work(factors) >= SOFT_WORK
+
+    def preconditioner(self, factors: Factors, gap: float | None) -> Preconditioner:
+        """For iterations from ``factors``; where the relative ``gap`` is known, with a part for soft directions."""
+        if gap is None:
+            return Preconditioner(self.problem, factors, self.generator)
+        return Preconditioner(self.problem, factors, self.generator, self.outside(factors), gap)
+
+    def outside(self, factors: Factors) -> dict[tuple[int, int | None], OutsidePairs]:
+        """Singular pairs of A_g^* L outside the span of every block's units, at the gradient L of the loss."""
+        problem = self.problem
+        O = problem.forward(factors)
+        L = problem.loss.gradient(O, *problem.targets_of(slice(0, problem.n), problem.dtype))
+        return self.beyond.pairs(L, factors, OUTSIDE, OUTSIDE_ROUNDS)
+
     # The solve --------------------------------------------------------------------------------------------
 
     def optimiser(self, factors: Factors, dtype: torch.dtype) -> tuple[LBFGS, Factors]:
@@ -288,7 +325,7 @@ class Factored:
         def evaluate(x: Tensor) -> tuple[float, Tensor]:
             return self.problem.flat_value_and_gradient(factors, x)
 
-        noise = 2e-7 if dtype == torch.float32 else 1e-14
+        noise = LOW_NOISE if self.problem.low is not None else 2e-7 if dtype == torch.float32 else 1e-14
         x = factors.flat()
         return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
 
@@ -312,6 +349,8 @@ class Factored:
         problem = self.problem
         if self.max_rank is not None:
             factors = largest(factors, self.max_rank)
+        if cold:
+            self.problem = lowered(problem, factors)
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         schedule = Schedule(TARGET * self.tol)
         if cold:
@@ -320,7 +359,7 @@ class Factored:
             schedule.earliest = schedule.latest = max(spacing, min(FIRST_CHECK, PATIENCE * spacing))
         built_at = -REBUILD
         values: list[float] = []
-        stalls, stalled = 0, False
+        stalls, stalled, soft = 0, False, False
         bound: Certificate | None = None
         message = f"max_iter = {self.max_iter} was reached"
         while True:
@@ -359,32 +398,51 @@ class Factored:
                     if grown:
                         gradient = optimiser.gradient
                         values.clear()
+                fall = values[-11] - values[-1] if len(values) > 10 else math.inf
+                if bound.relative_gap <= LOW_GAP or fall <= LOW_FALL * abs(bound.primal):
+                    optimiser = self.raise_precision(optimiser, shapes)
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
+            if not soft and self.worth_softening(shapes, bound):
+                soft, built_at = True, -REBUILD
             if self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD):
                 optimiser.inverse = None  # its memory goes first
-                inverse = Preconditioner(self.problem, shapes.like(optimiser.x), self.generator)
-                optimiser.set_inverse(inverse.apply)
+                gap = bound.relative_gap if bound is not None and soft else None
+                optimiser.set_inverse(self.preconditioner(shapes.like(optimiser.x), gap).apply)
                 built_at = self.n_iter
             moved = optimiser.step()
             values.append(optimiser.value)
             self.n_iter += 1
             if moved and not self.exhausted(optimiser, bound):
                 continue
+            if self.problem.low is not None:
+                optimiser = self.raise_precision(optimiser, shapes)
+                continue
             stalls, stalled = stalls + 1, True
             schedule.latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
                 self.problem = self.problem.in_dtype(torch.float64)
-                self.subspace.problem = self.problem
+                self.subspace.problem = self.beyond.problem = self.problem
                 optimiser, shapes = self.optimiser(shapes.like(optimiser.x), torch.float64)
             elif stalls > 5:
                 message = "no further decrease could be found in float64"
                 break
         return self.finish(shapes.like(optimiser.steadied()[0]), message)
+
+    def raise_precision(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
+        """Go on with all products in the precision of the variables; curvature pairs and preconditioner are kept."""
+        if self.problem.low is None:
+            return optimiser
+        self.problem = self.problem.in_full_precision()
+        finer, _ = self.optimiser(shapes.like(optimiser.x), optimiser.x.dtype)
+        finer.pairs = optimiser.pairs
+        if optimiser.inverse is not None:
+            finer.set_inverse(optimiser.inverse)
+        return finer
 
     def adapt(
         self,
@@ -420,8 +478,7 @@ class Factored:
         By a count of multiplications, not by the clock: a solution must be a function of its inputs.
         """
         problem = self.problem
-        unit = [3 * c.form.unit_work + 6 * c.q for c in problem.components]
-        iteration = sum(len(units.v) * work for units, work in zip(factors.units, unit, strict=True))
+        iteration = problem.gradient_work(factors)
         forming, searching = self.subspace.work(PAIRS, 6)
         # Losses, conjugates and the intercept's Newton steps, entry by entry.
         check = min(forming, searching) + 2000 * problem.outputs
@@ -534,7 +591,7 @@ class Factored:
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
         """
-        for share in (0.02 * self.tol, 0.05 * self.tol**2, 0.0):
+        for share in (0.1 * self.tol, 0.02 * self.tol, 0.05 * self.tol**2, 0.0):
             slim, _ = canonical(self.problem, factors.to(torch.float64), share * abs(bound.primal))
             if slim.n_units == factors.n_units:
                 return slim, bound

@@ -54,7 +54,7 @@ class OutputwiseInverse:
         inner = (self.basis.mT @ (matrix if shift is None else matrix - shift)) * self.root
         if self.heavy.shape[1]:
             columns = inner.permute(2, 1, 0)
-            inner = inner - (self.heavy.mT @ (self.heavy @ columns)).permute(2, 1, 0)
+            inner = inner - ((self.heavy @ columns).mT @ self.heavy).permute(1, 2, 0)
         found = self.basis @ (inner * self.root)
         if shift is None:
             return found

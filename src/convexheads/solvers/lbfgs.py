@@ -25,6 +25,8 @@ Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 MEMORY = 60
 LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
+RESCALE = 5
+"""New pairs after which the scale of the initial inverse Hessian is taken anew: it costs as much as applying it."""
 STEADY = 4
 """Last iterates that are combined to the one of least gradient."""
 
@@ -85,8 +87,15 @@ class CurvaturePairs:
         found.products[:held, :held] = (found.S @ found.Y.mT).double().cpu().numpy()
         return found
 
-    def direction(self, gradient: Tensor, inverse: Apply) -> Tensor:
-        """Minus the inverse Hessian times ``gradient``, from the initial one ``inverse``."""
+    def scale(self, inverse: Apply) -> float:
+        """s'y / y'H0 y of the newest pair, for an initial inverse Hessian H0: how much too small it is there."""
+        newest = self.Y[self.order[-1]]
+        return float(self.products[self.order[-1], self.order[-1]]) / max(
+            float(newest @ inverse(newest[None])[0]), 1e-300
+        )
+
+    def direction(self, gradient: Tensor, inverse: Apply, scale: float) -> Tensor:
+        """Minus the inverse Hessian times ``gradient``, from ``scale`` times the initial one ``inverse``."""
         held, order = len(self.order), np.array(self.order)
         S, Y = self.S[:held], self.Y[:held]
         upper = self.products[order[:, None], order]
@@ -99,9 +108,7 @@ class CurvaturePairs:
 
         # LAPACK reads the upper triangle only.
         alpha = dtrtrs(upper, (S @ gradient).double().cpu().numpy()[order])[0]
-        newest = Y[order[-1]]
-        r, image = inverse(torch.stack([torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1), newest]))
-        r = r * (curvature[-1] / max(float(newest @ image), 1e-300))
+        r = inverse(torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1)[None])[0] * scale
         # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
         right = curvature * alpha - (Y @ r).double().cpu().numpy()[order]
         return r.addmv_(S.mT, rows(dtrtrs(upper, right, trans=1)[0])).neg_()
@@ -116,24 +123,32 @@ class LBFGS:
     x : start.
     noise : relative error of a value; increases below it are accepted.
     memory : curvature pairs that are kept.
+    rescale : new pairs after which the scale of the initial inverse Hessian is taken anew.
     """
 
-    def __init__(self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY) -> None:
+    def __init__(
+        self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY, rescale: int = RESCALE
+    ) -> None:
         self.evaluate, self.x, self.noise = evaluate, x, noise
         self.value, self.gradient = evaluate(x)
         self.n_evaluations = 1
         self.pairs = CurvaturePairs(x, memory)
         self.recent: deque[tuple[Tensor, Tensor]] = deque([(self.x, self.gradient)], maxlen=STEADY)
         self.inverse: Apply | None = None
+        self.rescale, self.scale, self.scaled = rescale, 1.0, 0
 
     def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
-        self.inverse = inverse
+        self.inverse, self.scaled = inverse, 0
 
     def direction(self) -> Tensor:
-        if len(self.pairs):
-            return self.pairs.direction(self.gradient, self.inverse or torch.clone)
-        return self.steepest()
+        if not len(self.pairs):
+            return self.steepest()
+        inverse = self.inverse or torch.clone
+        if self.scaled % self.rescale == 0:
+            self.scale = self.pairs.scale(inverse)
+        self.scaled += 1
+        return self.pairs.direction(self.gradient, inverse, self.scale)
 
     def steepest(self) -> Tensor:
         """The direction without curvature pairs."""

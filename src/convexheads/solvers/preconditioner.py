@@ -26,7 +26,9 @@ from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
 from convexheads.problem import Problem
+from convexheads.solvers.cores import Cores
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
+from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
 FULL_SIZE = 1024
@@ -103,9 +105,23 @@ class Samples:
 
 
 class Preconditioner:
-    """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients."""
+    """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients.
 
-    def __init__(self, problem: Problem, factors: Factors, generator: torch.Generator) -> None:
+    Parameters
+    ----------
+    outside : pairs outside the units of every block, near an optimum: then the directions that are soft there have
+        their own part (:mod:`convexheads.solvers.cores`). Without memory for it they have none.
+    gap : relative duality gap there, about.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        factors: Factors,
+        generator: torch.Generator,
+        outside: dict[tuple[int, int | None], OutsidePairs] | None = None,
+        gap: float = 0.0,
+    ) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
         count = sample_count(problem, factors)
@@ -119,7 +135,7 @@ class Preconditioner:
         noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
         with torch.no_grad():
             samples = Samples(index, place, len(sample), Y, a / total, noise.to(problem.device))
-            self._build(problem, factors, samples, dtype, generator)
+            self._build(problem, factors, samples, dtype, generator, outside, gap)
 
     def _build(
         self,
@@ -128,6 +144,8 @@ class Preconditioner:
         samples: Samples,
         dtype: torch.dtype,
         generator: torch.Generator,
+        outside: dict[tuple[int, int | None], OutsidePairs] | None,
+        gap: float,
     ) -> None:
         step = problem.chunk_rows(max(1, factors.n_units))
         centred = factors.intercept is not None
@@ -139,6 +157,7 @@ class Preconditioner:
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
         # Where memory is limited there is none for the heavy rows.
         free = problem.budget.limit is None and samples.count * samples.rows >= FEW_ROWS
+        self.cores = Cores(problem, factors, outside, gap, samples.count, samples.rows) if outside and free else None
         outputwise = free and not problem.loss.constant_curvature
         curvatures = []
         for part in split_rows(len(samples.index), step):
@@ -154,6 +173,9 @@ class Preconditioner:
             for T, blocks in zip(features, self.v_blocks, strict=True):
                 blocks.add(T.flatten(1), row_weights)
             E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(len(O), -1, problem.outputs)
+            if self.cores is not None:
+                chosen = (samples.place[part] % self.cores.stride == 0).nonzero()[:, 0].to(E.device)
+                self.cores.add(chosen, features, stats, E.flatten(0, 1), row_weights, samples.rows)
             for u_blocks, stat, component, units in zip(
                 self.u_blocks, stats, problem.components, factors.units, strict=True
             ):
@@ -176,6 +198,8 @@ class Preconditioner:
             if u_blocks is not None:
                 u_blocks.share(problem.world)
                 u_blocks.finish(problem.penalty_weight(component))
+        if self.cores is not None:
+            self.cores.finish(centred)
         self.intercept_inverse = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if centred else None
 
     def _outputwise(self, problem: Problem, factors: Factors, samples: Samples, curvature: Tensor, step: int) -> None:
@@ -200,6 +224,12 @@ class Preconditioner:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Approximate inverse times each row of ``vectors`` (r, number of variables), in the order of Factors.flat."""
+        if self.cores is None:
+            return self._apply_blocks(vectors)
+        rest, solved = self.cores.take(vectors)
+        return self.cores.give(self._apply_blocks(rest), solved)
+
+    def _apply_blocks(self, vectors: Tensor) -> Tensor:
         found = torch.empty_like(vectors)
         intercept = None
         if self.intercept_inverse is not None:

@@ -138,29 +138,31 @@ def padding(before: Factors, after: Factors) -> Apply:
 
     New units follow the old ones of their gate.
     """
-    numbers = before.like(torch.arange(1.0, len(before.flat()) + 1, dtype=torch.float64))
-    units = []
-    for old, new in zip(numbers.units, after.units, strict=True):
-        extra = len(new.v) - len(old.v)
-        if old.u is None or new.u is None or not extra:
-            units.append(old)
-            continue
-        gate = None
-        if old.gate is not None and new.gate is not None:
-            spare = new.gate.bincount() - old.gate.bincount(minlength=int(new.gate.max()) + 1)
-            gate = torch.arange(len(spare), device=spare.device).repeat_interleave(spare)
-        zeros = Units(old.u.new_zeros(extra, *old.u.shape[1:]), old.v.new_zeros(extra, *old.v.shape[1:]), gate)
-        units.append(join_units(old, zeros))
-    source = Factors(units, numbers.intercept).flat().long()
-    place = source.nonzero()[:, 0].to(before.units[0].v.device)
-    source = source[place.to(source.device)].to(place.device) - 1
+    places = [_old_places(old, new) for old, new in zip(before.units, after.units, strict=True)]
+    size = len(after.flat())
 
     def pad(vectors: Tensor) -> Tensor:
-        found = vectors.new_zeros(len(vectors), len(after.flat()))
-        found[:, place] = vectors[:, source]
+        found = vectors.new_zeros(len(vectors), size)
+        start = end = 0
+        for place, old, new in zip(places, before.units, after.units, strict=True):
+            for s, t in zip(old.tensors(), new.tensors(), strict=True):
+                if len(s):
+                    part = vectors[:, start : start + s.numel()].view(len(vectors), len(s), -1)
+                    found[:, end : end + t.numel()].view(len(vectors), len(t), -1)[:, place] = part
+                start, end = start + s.numel(), end + t.numel()
+        found[:, end:] = vectors[:, start:]
         return found
 
     return pad
+
+
+def _old_places(old: Units, new: Units) -> Tensor:
+    """Where the old units are among all, if new ones follow the old ones of their gate."""
+    number = torch.arange(len(old.v), device=old.v.device)
+    if old.gate is None or new.gate is None:
+        return number
+    first = torch.searchsorted(old.gate, old.gate)
+    return torch.searchsorted(new.gate, old.gate) + number - first
 
 
 def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:

@@ -12,11 +12,21 @@ from collections.abc import Iterator
 import torch
 
 from convexheads.problem import Problem
+from convexheads.products import low_precision
 from convexheads.types import Factors
 
 BATCH = 256
+LOW_WORK = 1e9
+"""Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
 SHARE = 0.03
 """Step size as a share of the expected root mean square of an entry."""
+
+
+def lowered(problem: Problem, factors: Factors) -> Problem:
+    """The problem with products in low precision, where the device has units for them and that is worth it."""
+    if problem.dtype != torch.float32 or problem.n * problem.gradient_work(factors) < LOW_WORK:
+        return problem
+    return problem.in_low_precision(low_precision(problem.device))
 
 
 def minibatches(problem: Problem, variables: Factors, size: int, generator: torch.Generator) -> Iterator[Factors]:
@@ -31,7 +41,7 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     for index in order.split(size):
         gradient = variables.like(torch.zeros_like(variables.flat()))
         for part in problem.own_samples(index)[0].split(most):
-            stats = problem.stats_of(part, dtype)
+            stats = problem.stats_of(part, problem.low or dtype)
             targets, weights = problem.targets_of(part, dtype)
             problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
         _, gradient = problem.summed(0.0, gradient)
@@ -50,6 +60,7 @@ def adam_epochs(
 
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
+    problem = lowered(problem, factors)
     variables = factors.like(factors.flat().clone())
     rates: list[float] = []
     for component, units in zip(problem.components, variables.units, strict=True):
