@@ -141,7 +141,8 @@ class Core:
 
     def finish(self, world: World, rows: int, outputs: int, centred: bool) -> None:
         """Choose the directions, and factorise their Hessian; ``rows`` gradients of all workers were taken in."""
-        sampled = torch.cat(self.sampled)
+        # A worker may have none of the samples.
+        sampled = torch.cat([self.left.new_zeros(0, len(self.candidates) + outputs), *self.sampled])
         del self.sampled
         curvature = sampled.new_full((self.side**2,), torch.inf)
         curvature[self.candidates] = world.sum(sampled.square().sum(0))[: len(self.candidates)]
