@@ -114,6 +114,27 @@ def test_units_that_are_all_in_use_are_doubled() -> None:
     assert smaller.n_units < 8
 
 
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy", "multilabel_logistic"])
+def test_rough_estimates_are_those_of_float64(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 where that is enough, for a squared loss never; the gap is the same either way."""
+    found = make_setting(Case("self_attention", loss=loss, n=80, c=3), beta=0.02).problem.in_dtype(torch.float32)
+    state = Factored(found, 1e-3, 100, None, 0, None)
+    factors = random_units(found).to(torch.float32)
+    dtypes = []
+    refit = Factored.refit
+
+    def watched(self: Factored, factors: Factors, dtype: torch.dtype) -> tuple[Factors, torch.Tensor]:
+        dtypes.append(dtype)
+        return refit(self, factors, dtype)
+
+    monkeypatch.setattr(Factored, "refit", watched)
+    rough, _ = state.estimate(factors, precision=1e-2)
+    exact, _ = state.estimate(factors, precision=1e-4)
+    assert dtypes == [torch.float64 if loss == "squared" else torch.float32, torch.float64]
+    assert rough.primal == pytest.approx(exact.primal, rel=1e-5)
+    assert rough.relative_gap == pytest.approx(exact.relative_gap, rel=1e-3)
+
+
 @pytest.mark.parametrize("activation", ["linear", "gated_relu"])
 def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
     """Where new units are zero, the variables of all of them are those of the old ones, padded."""

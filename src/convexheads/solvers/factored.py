@@ -187,7 +187,9 @@ class Factored:
         """
         problem = self.problem
         precision = self.tol if precision is None else precision
-        refitted, O = self.refit(factors, torch.float64 if precision < FLOAT32_GAP else problem.dtype)
+        # Targets of a squared loss may lie far from zero, where float32 has few digits left for residuals.
+        exact = precision < FLOAT32_GAP or problem.loss.constant_curvature
+        refitted, O = self.refit(factors, torch.float64 if exact else problem.dtype)
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
         tol = 0.03 * precision
