@@ -77,6 +77,36 @@ def test_two_workers_end_at_the_objective_of_one(store: Path, tmp_path: Path, be
     assert sorted(file.name for file in tmp_path.glob("two*")) == ["two.json", "two.safetensors"]
 
 
+SOFT = """
+import sys
+from convexheads.cli import main
+from convexheads.solvers import cores, factored, preconditioner
+
+preconditioner.FEW_ROWS, cores.ROWS_PER_DIRECTION = 0, 1
+factored.SOFT_WORK, factored.NEAR = 0.0, 1.0
+used, finish = [], cores.Cores.finish
+cores.Cores.finish = lambda self, centred: (used.append(len(self.blocks)), finish(self, centred))
+code = main(sys.argv[1:])
+sys.exit(code or (0 if any(used) else 99))
+"""
+
+
+def test_soft_directions_of_two_workers_are_those_of_one(store: Path, tmp_path: Path) -> None:
+    """Small problems have no part for them: here they are made to."""
+    script = tmp_path / "soft.py"
+    script.write_text(textwrap.dedent(SOFT))
+    found = []
+    for workers in (1, 2):
+        out, result = tmp_path / f"{workers}.safetensors", tmp_path / f"{workers}.json"
+        head = ["--head", "self_attention", "--pca", "5", "--beta-ratio", "0.02", "--tol", "1e-6", "--threads", "1"]
+        done = torchrun(workers, str(script), "fit", str(store), "--out", str(out), *head, "--json", str(result))
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(result.read_text())["certificate"])
+    assert found[1]["certified"]
+    for number in ("primal", "dual", "beta"):
+        assert found[1][number] == pytest.approx(found[0][number], rel=1e-6)
+
+
 KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
