@@ -514,6 +514,25 @@ def test_the_best_intercept(name: str, tokens: bool) -> None:
         assert problem.loss.value(O + moved, problem.targets, problem.weights) >= best - 1e-12
 
 
+@every_loss
+@pytest.mark.parametrize("shift", [1e-3, 30.0])
+def test_the_best_intercept_needs_few_hessians(name: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One near the minimiser; from far away as many as it takes."""
+    case = Case("mlp", n=50, c=3, loss=name)
+    problem = make_setting(case).problem
+    O = random_like(tuple(problem.targets.shape), 0)
+    best = problem.best_intercept(O)
+    hessians: list[int] = []
+    original = type(problem.loss).mean_hessian
+    monkeypatch.setattr(
+        type(problem.loss), "mean_hessian", lambda *args: (hessians.append(1), original(*args))[1], raising=True
+    )
+    start = best + shift * random_like((case.c,), 1)
+    b = problem.best_intercept(O, start, 1e-9)
+    assert float(problem.loss.gradient(O + b, problem.targets, problem.weights).sum(0).abs().max()) <= 1e-9
+    assert 1 <= len(hessians) <= (1 if shift < 1 else 40)
+
+
 # --------------------------------------------------------------------------------------------------
 # Solvers and certificates
 

@@ -10,7 +10,7 @@ from contract_cases import Case, make_setting, random_units
 from convexheads.certificate import Certificate
 from convexheads.solvers.factored import SEARCH_PATIENCE, Factored
 from convexheads.solvers.lbfgs import LBFGS, STEADY, CurvaturePairs
-from convexheads.subspace import SingularPair
+from convexheads.subspace import BlockSubspace, SingularPair
 from convexheads.types import Interval
 
 
@@ -172,3 +172,46 @@ def test_step_sizes_of_pairs_that_are_copies() -> None:
     assert len(sizes) == 12
     assert min(sizes) >= 0.0
     assert all(size == size for size in sizes)
+
+
+def test_the_start_is_evaluated_when_it_is_asked_for() -> None:
+    A, b = quadratic(5, 2)
+    calls: list[Tensor] = []
+
+    def evaluate(x: Tensor) -> tuple[float, Tensor]:
+        calls.append(x)
+        return float(0.5 * x @ A @ x - b @ x), A @ x - b
+
+    optimiser = LBFGS(evaluate, torch.zeros_like(b), 1e-15)
+    assert not calls
+    place, gradient = optimiser.steadied()
+    assert torch.equal(place, torch.zeros_like(b))
+    assert torch.equal(gradient, -b)
+    assert optimiser.value == 0.0
+    assert len(calls) == optimiser.n_evaluations == 1
+    assert optimiser.step()
+    assert len(calls) == optimiser.n_evaluations > 1
+
+
+def test_an_estimate_gives_up_only_above_the_gap_that_it_was_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_setting(Case("self_attention", n=60, s=5, d=5, c=6, loss="cross_entropy"), beta=0.002).problem
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    rounds: list[int] = []
+    original = BlockSubspace._apply
+
+    def watched(self: BlockSubspace, *args: object, **options: object) -> object:
+        rounds.append(1)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(BlockSubspace, "_apply", watched)
+    factors = random_units(problem)
+    found = {}
+    for most in (0.0, 1e9, float("inf")):
+        rounds.clear()
+        state = Factored(problem, 1e-6, 10, None, 0, None)
+        gap = state.estimate(factors, size=1, most=most)[0].relative_gap
+        found[most] = gap, len(rounds)
+    assert found[1e9] == found[float("inf")]
+    gap, taken = found[0.0]
+    assert taken == 4 < found[1e9][1]
+    assert 0.0 < gap <= found[1e9][0]

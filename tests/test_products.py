@@ -10,8 +10,8 @@ import torch
 from contract_cases import SMALL, Case, make_setting, random_units
 from convexheads import memory, products
 from convexheads.problem import Problem
-from convexheads.products import WORTH, exact_through_onednn, fast_products
-from convexheads.solvers import solver_function, warmup
+from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
+from convexheads.solvers import factored, solver_function, warmup
 from convexheads.types import Factors
 
 can_be_set = pytest.mark.skipif(products._setting() is None, reason="this torch cannot be told oneDNN's precision")
@@ -89,7 +89,10 @@ def float32_problem(case: Case, beta: float = 0.02) -> Problem:
     return make_setting(case, beta=beta).problem.in_dtype(torch.float32)
 
 
-SOME = [case for case in SMALL if case.head in ("self_attention", "mixer")]
+SOME = [
+    case for case in SMALL if case.head in ("self_attention", "mixer") and case.pooled and case.activation == "linear"
+]
+assert len({case.head for case in SOME}) == 2
 
 
 def test_low_precision_is_only_for_devices_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +128,10 @@ def test_a_gradient_in_low_precision_is_near_the_exact_one(case: Case, loss: str
 
 
 def test_low_precision_is_left_out_where_it_cannot_be() -> None:
-    """Fourier transforms, a memory limit, or no room for the statistics twice."""
-    fno = float32_problem(Case("fno", n=50))
-    assert fno.in_low_precision(torch.bfloat16) is fno
+    """Fourier transforms, the small products of gated forms, a memory limit, or no room for the statistics twice."""
+    for case in (Case("fno", n=50), Case("self_attention", "gated_relu", n=50), Case("mixer", "gated_relu", n=50)):
+        other = float32_problem(case)
+        assert other.in_low_precision(torch.bfloat16) is other
     problem = float32_problem(Case("self_attention", n=50))
     assert problem.in_low_precision(None) is problem
     with memory.limited("64MB"):
@@ -165,3 +169,45 @@ def test_solves_that_begin_in_low_precision_end_in_full(case: Case, monkeypatch:
         full = solver_function("factored")(problem, tol=1e-4)
         monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
         assert found.certificate.primal == pytest.approx(full.certificate.primal, rel=2e-4)
+
+
+def test_rounding_that_stops_the_line_search_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One iteration with more evaluations than that is enough, however far the gap is."""
+    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
+    monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(factored, "LOW_GAP", 0.0)
+    monkeypatch.setattr(factored, "LOW_FALL", -1.0)
+    raised: list[int] = []
+    original = factored.Factored.raise_precision
+
+    def watched(self: factored.Factored, *args: object) -> object:
+        if self.problem.low is not None:
+            raised.append(self.n_iter)
+        return original(self, *args)
+
+    monkeypatch.setattr(factored.Factored, "raise_precision", watched)
+    problem = float32_problem(replace(SOME[0], n=300))
+    for patience, expected in ((0, 1), (100, None)):
+        raised.clear()
+        monkeypatch.setattr(factored, "LOW_PATIENCE", patience)
+        solver_function("factored")(problem, tol=1e-3, max_iter=8)
+        assert raised == ([] if expected is None else [expected])
+
+
+@can_be_set
+def test_rough_products_only_with_units_for_them_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, setting = torch.device("cpu"), products._setting()
+    before = setting.fp32_precision
+    for there, expected in ((None, before), (torch.bfloat16, "bf16")):
+        monkeypatch.setattr(products, "low_precision", lambda device, there=there: there)
+        with rough_products(cpu):
+            assert setting.fp32_precision == expected
+        assert setting.fp32_precision == before
+    setting.fp32_precision = "ieee"
+    try:
+        with rough_products(cpu):
+            assert setting.fp32_precision == "ieee"
+    finally:
+        setting.fp32_precision = before
+    with rough_products(torch.device("cuda")):
+        assert setting.fp32_precision == before

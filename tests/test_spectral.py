@@ -19,6 +19,7 @@ from convexheads.spectral import (
     lanczos_bound,
     largest_eigenvalue,
     largest_singular_value,
+    leading_pairs,
     nuclear_norm,
     proves_bound,
 )
@@ -300,3 +301,28 @@ def test_the_norm_of_a_vector_is_proved(length: int, scale: float) -> None:
         assert found.proved
         assert found.lower <= exact <= found.upper
         assert found.upper <= found.lower * (1 + 1e-11) + 1e-320
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (8, 8), (1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leading_pairs_are_those_of_the_svd(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    most = min(shape)
+    gamma = matrix(*shape, np.linspace(2.0, 1.0, most) if most > 1 else np.ones(1), seed=3).to(dtype)
+    count = min(4, most)
+    sigma, left, right = leading_pairs(gamma, count)
+    accuracy = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(gamma)[:count], rtol=accuracy, atol=0)
+    torch.testing.assert_close(gamma @ right, left * sigma, rtol=0, atol=10 * accuracy)
+    for vectors in (left, right):
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(count, dtype=dtype), rtol=0, atol=10 * accuracy)
+
+
+def test_leading_pairs_of_a_matrix_of_small_rank_are_finite() -> None:
+    sigma, left, right = leading_pairs(matrix(6, 9, np.array([3.0]), seed=1), 3)
+    assert float(sigma[0]) == pytest.approx(3.0)
+    assert float(sigma[1:].abs().max()) < 1e-7
+    assert torch.isfinite(left).all()
+    assert torch.isfinite(right).all()
+    sigma, _, right = leading_pairs(torch.zeros(3, 4), 2)
+    assert not sigma.any()
+    assert not right.any()

@@ -44,6 +44,10 @@ GAMMA_SAMPLES = 256  # samples a chunk there
 
 ROUNDING = 1e-13
 """Largest sum of a dual point that is taken for rounding."""
+INTERCEPT_STEPS, LEAST_STEP = 60, 1e-8
+"""Newton steps for an intercept at most, and the least share of one ..."""
+CHORD = 0.2
+"""... by one Hessian as long as each leaves no more than this share of the gradient."""
 NEGLIGIBLE = 1e-28
 """Share of the mean squared target that an objective is rounding below: a multiple of eps squared."""
 TRIM_CHUNKS = 16
@@ -444,24 +448,30 @@ class Problem:
         b = torch.zeros(self.outputs, dtype=O.dtype, device=O.device) if start is None else start.to(O.dtype)
         value, gradient = evaluate(b)
         best, slack = math.inf, 4.5 * torch.finfo(O.dtype).eps
-        for _ in range(60):
+        inverse, fresh = None, False
+        for _ in range(INTERCEPT_STEPS):
             size = float(gradient.abs().max())
             done = size < ROUNDING and size >= 0.5 * best if accuracy is None else size <= accuracy
             if size == 0.0 or done:
                 break
+            # The start is next to the minimiser as a rule: a Hessian serves as long as it brings the gradient down.
+            if inverse is None or size > CHORD * best:
+                hessian = self.loss.mean_hessian(O + b, targets, weights)
+                inverse, fresh = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-12), True
             best = min(best, size)
-            hessian = self.loss.mean_hessian(O + b, targets, weights)
-            step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-12) @ gradient
+            step = inverse @ gradient
             scale = 1.0
-            while scale > 1e-8:
+            while scale >= (LEAST_STEP if fresh else 1.0):
                 trial = b - scale * step
-                new, gradient = evaluate(trial)
+                new, slope = evaluate(trial)
                 if new <= value + slack * abs(value):
-                    b, value = trial, new
+                    b, value, gradient, fresh = trial, new, slope, False
                     break
                 scale *= 0.5
             else:
-                break
+                if fresh:
+                    break
+                inverse = None
         return b
 
     def null_outputs(self) -> tuple[Tensor, Tensor | None]:

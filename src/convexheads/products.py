@@ -82,3 +82,15 @@ def fast_products(multiplications: float = WORTH) -> Iterator[None]:
     worth = multiplications >= WORTH and exact_through_onednn() and _setting().fp32_precision == "none"
     with _through_onednn() if worth else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def rough_products(device: torch.device) -> Iterator[None]:
+    """In this block float32 products may take operands rounded to bfloat16, where that is several times faster.
+
+    Sums stay in float32, so that a second moment stays positive semidefinite: for estimates from samples, whose own
+    errors are far larger. A precision that the caller has set is kept.
+    """
+    faster = device.type == "cpu" and low_precision(device) is not None and _setting() is not None
+    with _through_onednn() if faster and _setting().fp32_precision == "none" else contextlib.nullcontext():
+        yield

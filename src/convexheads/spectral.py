@@ -220,6 +220,21 @@ def principal_axes(u: Tensor, v: Tensor, least: float) -> tuple[Tensor, Tensor]:
     return size[:count], axes[:, :count]
 
 
+def leading_pairs(gamma: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values (count,) of gamma (p, q), with left (p, count) and right (q, count) vectors.
+
+    From the eigenvectors of the smaller Gram matrix, several times faster than an SVD: next to the largest value the
+    squares lose nothing.
+    """
+    if gamma.shape[0] > gamma.shape[1]:
+        sigma, right, left = leading_pairs(gamma.mT, count)
+        return sigma, left, right
+    left = torch.linalg.eigh(gamma @ gamma.mT).eigenvectors[:, -count:].flip(1)
+    right = gamma.mT @ left
+    sigma = right.norm(dim=0)
+    return sigma, left, right / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+
+
 def nuclear_norm(u: Tensor, v: Tensor) -> float:
     """||sum_r u_r v_r^T||_* from the factors (m, p) and (m, q); never more than their weight decay."""
     if not len(u):

@@ -6,19 +6,20 @@ of the true one: good for steering a solver, never for a claim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convexheads.problem import Problem
-from convexheads.spectral import largest_singular_value, principal_axes
+from convexheads.spectral import largest_singular_value, leading_pairs, principal_axes
 from convexheads.types import Factors, Units
 
 DENSE_WORK = 2e10
 """Floating-point operations up to which beta_max forms every Gamma in float64, to full accuracy."""
 DENSE_SIZE = 256
-"""Largest min(p, q) for which an SVD of Gamma is cheaper than a search."""
+"""Largest min(p, q) for which all singular values of Gamma are cheaper than a search."""
 IN_USE = 3e-4
 """Share of the largest unit of a block below which a unit is on its way in or out, and spans nothing."""
 
@@ -46,12 +47,18 @@ class BlockSubspace:
         self.top: dict[tuple[int, int | None], Tensor] = {}
 
     def top_pairs(
-        self, L: Tensor, size: int = 4, rounds: int = 6, tol: float = 1e-4
+        self,
+        L: Tensor,
+        size: int = 4,
+        rounds: int = 6,
+        tol: float = 1e-4,
+        hopeless: Callable[[float, float], bool] | None = None,
     ) -> tuple[float, list[SingularPair], float]:
         """Leading singular pairs of every Gamma_g = A_g^* L, from below.
 
         Returns max_g sigma_g / w_g, the pairs with sigma > beta w_g, and the ridge branches'
-        sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative.
+        sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative, and after the
+        second round where ``hopeless``, of these two numbers, says that they are too large already.
         """
         problem = self.problem
         forming, searching = self.work(size, rounds)
@@ -75,6 +82,8 @@ class BlockSubspace:
                 search.extend_right(image)
             best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
             if best <= previous * (1 + tol) or all(search.exhausted for search in searches):
+                break
+            if step == 1 and hopeless is not None and hopeless(best, ridge):
                 break
             previous = best
         pairs = []
@@ -105,9 +114,9 @@ class BlockSubspace:
                     ridge += float(gamma.double().square().sum()) / (2 * bound)
                     continue
                 if min(gamma.shape) <= DENSE_SIZE:
-                    A, sigma, right = torch.linalg.svd(gamma, full_matrices=False)
-                    leading = enumerate(sigma[:size].tolist())
-                    pairs += [SingularPair(k, g, s, A[:, i].clone(), right[i].clone()) for i, s in leading if s > bound]
+                    sigma, left, right = leading_pairs(gamma, min(size, *gamma.shape))
+                    leading = enumerate(sigma.tolist())
+                    pairs += [SingularPair(k, g, s, left[:, i], right[:, i]) for i, s in leading if s > bound]
                 else:
                     search = _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
                     search.start(self.top.get(search.key), self.generator, L)

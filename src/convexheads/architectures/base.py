@@ -115,7 +115,7 @@ class Architecture:
     outer_gradients: ClassVar[bool] = False
     """True for a form with :meth:`outer_gradient`: a sample's gradient in u_j, seen as ``u_matrix``, has rank one."""
     products_only: ClassVar[bool] = False
-    """True for a form whose evaluation is matrix products throughout, so that it may be taken in low precision."""
+    """True for a form whose evaluation is large matrix products throughout, which low precision makes faster."""
     rectified: ClassVar[bool] = False
     """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 

@@ -81,7 +81,6 @@ class PooledGatedMixer(_Square):
     """s^{-1} sum_t M[t, l] (W1 X)[t, l], feature by feature: M_l^T W1 X_l with columns M_l and X_l."""
 
     name = "mixer"
-    products_only = True
 
     def prepare(self, X: Tensor, gates: Tensor | None) -> Stats:
         assert gates is not None

@@ -109,7 +109,6 @@ class PooledGatedSelfAttention(_Pooled):
     """1^T (M o X W1 X^T) X = sum_q ((M^T X)_q^T W1 x_q) x_q^T with M^T X computed once a gate."""
 
     name = "self_attention"
-    products_only = True
 
     @property
     def workspace(self) -> int:

@@ -57,10 +57,12 @@ SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
 """... with so many singular pairs of a block outside its units, from so many rounds of subspace iteration."""
-LOW_GAP = 0.1
+LOW_GAP = 0.03
 """Relative gap from which products in low precision are too coarse, ..."""
 LOW_FALL = 5e-4
 """... as they are where the objective falls by less than this share in ten iterations ..."""
+LOW_PATIENCE = 3
+"""... or where an iteration takes more evaluations than that, ..."""
 LOW_NOISE = 2e-5
 """... because of their noise, as a share of the objective."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
@@ -81,6 +83,8 @@ TARGET = 0.94
 """Share of the tolerance that the gap must be estimated below before a proof is tried."""
 ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
+CONVERGED = 0.1
+"""Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
 FREE = 1e-5
 """Share of the tolerance that the gradient of the intercept may be left with between proofs."""
 FLOAT32_GAP, ROUNDED = 5e-4, 1e-7
@@ -117,6 +121,11 @@ def curvature_pairs(problem: Problem, x: Tensor) -> int:
     """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
     limit = problem.budget.limit
     return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
+
+
+def fall(values: list[float]) -> float:
+    """The decrease of the objective in the last ten iterations; infinite after fewer."""
+    return values[-11] - values[-1] if len(values) > 10 else math.inf
 
 
 @dataclass
@@ -179,11 +188,17 @@ class Factored:
     # Estimates between proofs -----------------------------------------------------------------------------
 
     def estimate(
-        self, factors: Factors, size: int = PAIRS, rounds: int = 12, precision: float | None = None
+        self,
+        factors: Factors,
+        size: int = PAIRS,
+        rounds: int = 12,
+        precision: float | None = None,
+        most: float = math.inf,
     ) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
-        ``precision`` is the relative gap that matters; default: the tolerance.
+        ``precision`` is the relative gap that matters; default: the tolerance. Of a relative gap above ``most`` it may
+        say no more than that.
         """
         problem = self.problem
         precision = self.tol if precision is None else precision
@@ -192,12 +207,18 @@ class Factored:
         refitted, O = self.refit(factors, torch.float64 if exact else problem.dtype)
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
-        tol = 0.03 * precision
-        sigma, pairs, ridge = self.subspace.top_pairs(point.L.to(problem.dtype), size, rounds, tol)
-        bound = rescaled_bound(
-            problem, point, Interval(sigma, sigma, "estimate", False), ridge, primal, refitted.intercept, 5
+
+        def bound(sigma: float, ridge: float) -> Certificate:
+            interval = Interval(sigma, sigma, "estimate", False)
+            return rescaled_bound(problem, point, interval, ridge, primal, refitted.intercept, 5)
+
+        def hopeless(sigma: float, ridge: float) -> bool:
+            return bound(sigma, ridge).relative_gap > most
+
+        sigma, pairs, ridge = self.subspace.top_pairs(
+            point.L.to(problem.dtype), size, rounds, CONVERGED * precision, None if math.isinf(most) else hopeless
         )
-        return bound, pairs
+        return bound(sigma, ridge), pairs
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -387,22 +408,21 @@ class Factored:
                     if solution.converged:
                         return solution
                     schedule.ask_for_more(self.tol, bound.relative_gap, solution.certificate.relative_gap)
-                fall = values[-11] - values[-1] if len(values) > 10 else math.inf
                 # A warm start of another beta lacks the units that this beta calls for.
                 missing = warm and self.n_iter == 0
                 changed = self.adapt(
-                    optimiser, current, shapes.like(gradient), bound, pairs, 0.0 if stalled else fall, missing
+                    optimiser, current, shapes.like(gradient), bound, pairs, 0.0 if stalled else fall(values), missing
                 )
-                stalled = False
+                stalled, grown = False, False
                 if changed is not None:
                     (optimiser, shapes), grown = changed
                     built_at = -REBUILD
                     if grown:
-                        gradient = optimiser.gradient
                         values.clear()
-                fall = values[-11] - values[-1] if len(values) > 10 else math.inf
-                if bound.relative_gap <= LOW_GAP or fall <= LOW_FALL * abs(bound.primal):
+                if bound.relative_gap <= LOW_GAP or fall(values) <= LOW_FALL * abs(bound.primal):
                     optimiser = self.raise_precision(optimiser, shapes)
+                if grown:
+                    gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
             if self.n_iter >= self.max_iter:
@@ -415,9 +435,12 @@ class Factored:
                 gap = bound.relative_gap if bound is not None and soft else None
                 optimiser.set_inverse(self.preconditioner(shapes.like(optimiser.x), gap).apply)
                 built_at = self.n_iter
+            evaluations = optimiser.n_evaluations
             moved = optimiser.step()
             values.append(optimiser.value)
             self.n_iter += 1
+            if optimiser.n_evaluations - evaluations > LOW_PATIENCE:
+                optimiser = self.raise_precision(optimiser, shapes)
             if moved and not self.exhausted(optimiser, bound):
                 continue
             if self.problem.low is not None:
@@ -593,12 +616,13 @@ class Factored:
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
         """
+        allowed = max(0.9 * self.tol, 1.05 * bound.relative_gap)
         for share in (0.1 * self.tol, 0.02 * self.tol, 0.05 * self.tol**2, 0.0):
             slim, _ = canonical(self.problem, factors.to(torch.float64), share * abs(bound.primal))
             if slim.n_units == factors.n_units:
                 return slim, bound
-            certificate, _ = self.estimate(slim.to(self.problem.dtype))
-            if certificate.relative_gap <= max(0.9 * self.tol, 1.05 * bound.relative_gap):
+            certificate, _ = self.estimate(slim.to(self.problem.dtype), most=allowed if share else math.inf)
+            if certificate.relative_gap <= allowed:
                 break
         return slim, certificate
 
@@ -637,5 +661,5 @@ def solve_factored(
             return state.run(first_guess(problem, max_rank, state.generator), cold=True)
         found = second_guess(problem, init, max_rank, state.generator)
         if found is not None:
-            return state.run(found)
+            return state.run(found, cold=True)
         return state.run(init.to(problem.dtype), warm=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 Apply = Callable[[Tensor], Tensor]
 """A linear map of each row of a matrix (r, number of variables)."""
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]
-MEMORY = 60
+MEMORY = 40
 LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
 RESCALE = 5
@@ -34,7 +34,7 @@ STEADY = 4
 class CurvaturePairs:
     """The last steps s and changes of gradient y, as rows of two matrices, with the products s_i'y_j for i <= j.
 
-    Rows are reused in turn; ``order`` has them from the oldest to the newest.
+    Rows are reused in turn; ``order`` has them from the oldest to the newest, as ``products`` are.
 
     Parameters
     ----------
@@ -46,7 +46,8 @@ class CurvaturePairs:
         self.most = most
         self.S = like.new_empty(0, len(like))
         self.Y = like.new_empty(0, len(like))
-        self.products = np.zeros((most, most))
+        # In the order of Fortran, as LAPACK wants it.
+        self.products = np.zeros((most, most), order="F")
         self.order: list[int] = []
 
     def __len__(self) -> int:
@@ -61,6 +62,7 @@ class CurvaturePairs:
 
     def _free_row(self) -> int:
         if len(self.order) == self.most:
+            self.products[:-1, :-1] = self.products[1:, 1:].copy()
             return self.order.pop(0)
         row = len(self.order)
         if row == len(self.S):
@@ -74,7 +76,17 @@ class CurvaturePairs:
         self.S[row], self.Y[row] = s, y
         self.order.append(row)
         held = len(self.order)
-        self.products[:held, row] = (self.S[:held] @ y).double().cpu().numpy()
+        self.products[:held, held - 1] = self._by_age(self.S[:held] @ y)
+
+    def _by_age(self, numbers: Tensor) -> np.ndarray:
+        """Numbers of the rows, those of the oldest pair first, in float64."""
+        return numbers.double().cpu().numpy()[self.order]
+
+    def _by_row(self, numbers: np.ndarray) -> Tensor:
+        """The inverse of :meth:`_by_age`, in the variables' dtype."""
+        placed = np.empty(len(numbers))
+        placed[self.order] = numbers
+        return torch.from_numpy(placed).to(self.S.device, self.S.dtype)
 
     def mapped(self, transform: Apply) -> CurvaturePairs:
         """The pairs under a linear map of the variables that keeps inner products of gradients and steps."""
@@ -90,28 +102,20 @@ class CurvaturePairs:
     def scale(self, inverse: Apply) -> float:
         """s'y / y'H0 y of the newest pair, for an initial inverse Hessian H0: how much too small it is there."""
         newest = self.Y[self.order[-1]]
-        return float(self.products[self.order[-1], self.order[-1]]) / max(
-            float(newest @ inverse(newest[None])[0]), 1e-300
-        )
+        last = len(self.order) - 1
+        return float(self.products[last, last]) / max(float(newest @ inverse(newest[None])[0]), 1e-300)
 
     def direction(self, gradient: Tensor, inverse: Apply, scale: float) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from ``scale`` times the initial one ``inverse``."""
-        held, order = len(self.order), np.array(self.order)
+        held = len(self.order)
         S, Y = self.S[:held], self.Y[:held]
-        upper = self.products[order[:, None], order]
-        curvature = upper.diagonal()
-
-        def rows(numbers: np.ndarray) -> Tensor:
-            placed = np.empty(held)
-            placed[order] = numbers
-            return torch.from_numpy(placed).to(S.device, S.dtype)
-
+        upper = self.products[:held, :held]
         # LAPACK reads the upper triangle only.
-        alpha = dtrtrs(upper, (S @ gradient).double().cpu().numpy()[order])[0]
-        r = inverse(torch.addmv(gradient, Y.mT, rows(alpha), alpha=-1)[None])[0] * scale
+        alpha = dtrtrs(upper, self._by_age(S @ gradient))[0]
+        r = inverse(torch.addmv(gradient, Y.mT, self._by_row(alpha), alpha=-1)[None])[0] * scale
         # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
-        right = curvature * alpha - (Y @ r).double().cpu().numpy()[order]
-        return r.addmv_(S.mT, rows(dtrtrs(upper, right, trans=1)[0])).neg_()
+        right = upper.diagonal() * alpha - self._by_age(Y @ r)
+        return r.addmv_(S.mT, self._by_row(dtrtrs(upper, right, trans=1)[0])).neg_()
 
 
 class LBFGS:
@@ -130,12 +134,30 @@ class LBFGS:
         self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY, rescale: int = RESCALE
     ) -> None:
         self.evaluate, self.x, self.noise = evaluate, x, noise
-        self.value, self.gradient = evaluate(x)
-        self.n_evaluations = 1
+        self.n_evaluations = 0
+        self._here: tuple[float, Tensor] | None = None
         self.pairs = CurvaturePairs(x, memory)
-        self.recent: deque[tuple[Tensor, Tensor]] = deque([(self.x, self.gradient)], maxlen=STEADY)
+        self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=STEADY)
         self.inverse: Apply | None = None
         self.rescale, self.scale, self.scaled = rescale, 1.0, 0
+
+    def _evaluated(self) -> tuple[float, Tensor]:
+        # At the start only when it is asked for: it may be taken over by another optimiser at once.
+        if self._here is None:
+            self._here = self.evaluate(self.x)
+            self.n_evaluations += 1
+            self.recent.append((self.x, self._here[1]))
+        return self._here
+
+    @property
+    def value(self) -> float:
+        """The objective at ``x``."""
+        return self._evaluated()[0]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Its gradient there."""
+        return self._evaluated()[1]
 
     def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
@@ -164,6 +186,7 @@ class LBFGS:
         L-BFGS while the objective falls; the least combination is steady (Anderson 1965; minimal residual smoothing,
         Zhou and Walker 1994).
         """
+        self._evaluated()
         places, gradients = (torch.stack(list(part)) for part in zip(*self.recent, strict=True))
         gram = (gradients.double() @ gradients.double().mT).cpu().numpy()
         gram += 1e-10 * np.trace(gram) * np.eye(len(gram))
@@ -216,6 +239,6 @@ class LBFGS:
         size, curvature = float(s @ s), float(s @ y)
         if curvature > LEAST_CURVATURE * math.sqrt(size * float(y @ y)):
             self.pairs.append(s, y)
-        self.x, self.value, self.gradient = x, value, gradient
+        self.x, self._here = x, (value, gradient)
         self.recent.append((x, gradient))
         return size > 0 or bool(torch.any(s != 0))

@@ -26,6 +26,7 @@ from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
 from convexheads.problem import Problem
+from convexheads.products import rough_products
 from convexheads.solvers.cores import Cores
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
 from convexheads.subspace import OutsidePairs
@@ -160,31 +161,34 @@ class Preconditioner:
         self.cores = Cores(problem, factors, outside, gap, samples.count, samples.rows) if outside and free else None
         outputwise = free and not problem.loss.constant_curvature
         curvatures = []
-        for part in split_rows(len(samples.index), step):
-            stats = problem.stats_of(samples.index[part], dtype)
-            targets, weights = samples.targets[part], samples.weights[part]
-            features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
-            O = problem.combine(factors, features, targets.shape[:-1])
-            row_weights = weights.repeat_interleave(samples.rows)
-            hessian += problem.own_loss.mean_hessian(O, targets, weights)
-            if outputwise:
-                curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
-                curvatures.append(curvature * row_weights[:, None])
-            for T, blocks in zip(features, self.v_blocks, strict=True):
-                blocks.add(T.flatten(1), row_weights)
-            E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(len(O), -1, problem.outputs)
-            if self.cores is not None:
-                chosen = (samples.place[part] % self.cores.stride == 0).nonzero()[:, 0].to(E.device)
-                self.cores.add(chosen, features, stats, E.flatten(0, 1), row_weights, samples.rows)
-            for u_blocks, stat, component, units in zip(
-                self.u_blocks, stats, problem.components, factors.units, strict=True
-            ):
-                if u_blocks is not None:
-                    place = samples.place[part]
-                    chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
-                    place, chosen = place[chosen], chosen.to(E.device)
-                    thin = tuple(t[chosen] for t in stat)
-                    u_blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen], place)
+        with rough_products(problem.device):
+            for part in split_rows(len(samples.index), step):
+                stats = problem.stats_of(samples.index[part], dtype)
+                targets, weights = samples.targets[part], samples.weights[part]
+                features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
+                O = problem.combine(factors, features, targets.shape[:-1])
+                row_weights = weights.repeat_interleave(samples.rows)
+                hessian += problem.own_loss.mean_hessian(O, targets, weights)
+                if outputwise:
+                    curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
+                    curvatures.append(curvature * row_weights[:, None])
+                for T, blocks in zip(features, self.v_blocks, strict=True):
+                    blocks.add(T.flatten(1), row_weights)
+                E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(
+                    len(O), -1, problem.outputs
+                )
+                if self.cores is not None:
+                    chosen = (samples.place[part] % self.cores.stride == 0).nonzero()[:, 0].to(E.device)
+                    self.cores.add(chosen, features, stats, E.flatten(0, 1), row_weights, samples.rows)
+                for u_blocks, stat, component, units in zip(
+                    self.u_blocks, stats, problem.components, factors.units, strict=True
+                ):
+                    if u_blocks is not None:
+                        place = samples.place[part]
+                        chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
+                        place, chosen = place[chosen], chosen.to(E.device)
+                        thin = tuple(t[chosen] for t in stat)
+                        u_blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen], place)
         hessian = problem.world.sum(hessian)
         for blocks in self.v_blocks:
             blocks.share(problem.world)
@@ -210,14 +214,15 @@ class Preconditioner:
         for blocks in self.v_blocks:
             blocks.start_outputs(heavy)
         start = 0
-        for part in split_rows(len(samples.index), step):
-            stats = problem.stats_of(samples.index[part], curvature.dtype)
-            for component, stat, units, blocks in zip(
-                problem.components, stats, factors.units, self.v_blocks, strict=True
-            ):
-                T = component.features(stat, units).flatten(1)
-                blocks.add_outputs(T, slice(start, start + len(T)), curvature, heavy)
-            start += samples.rows * (part.stop - part.start)
+        with rough_products(problem.device):
+            for part in split_rows(len(samples.index), step):
+                stats = problem.stats_of(samples.index[part], curvature.dtype)
+                for component, stat, units, blocks in zip(
+                    problem.components, stats, factors.units, self.v_blocks, strict=True
+                ):
+                    T = component.features(stat, units).flatten(1)
+                    blocks.add_outputs(T, slice(start, start + len(T)), curvature, heavy)
+                start += samples.rows * (part.stop - part.start)
         total = problem.world.sum(curvature.sum(0))
         for blocks in self.v_blocks:
             blocks.finish_outputs(problem.world, heavy, total)

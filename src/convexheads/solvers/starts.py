@@ -20,7 +20,7 @@ LEAST_EPOCHS = 8
 """Epochs of the warm-up from other factors, and the fewest from none ..."""
 MOST_EPOCHS = 16
 """... and the most ..."""
-WARMUP_STEPS = 400
+WARMUP_STEPS = 200
 """... for about so many mini-batches ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""

@@ -15,10 +15,10 @@ from convexheads.problem import Problem
 from convexheads.products import low_precision
 from convexheads.types import Factors
 
-BATCH = 256
+BATCH = 512
 LOW_WORK = 1e9
 """Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
-SHARE = 0.03
+SHARE = 0.15
 """Step size as a share of the expected root mean square of an entry."""
 
 
