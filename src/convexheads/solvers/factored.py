@@ -85,6 +85,8 @@ ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 CONVERGED = 0.1
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
+SURE = 0.3
+"""The precision as a share of the tolerance where that seems to be reached."""
 FREE = 1e-5
 """Share of the tolerance that the gradient of the intercept may be left with between proofs."""
 FLOAT32_GAP, ROUNDED = 5e-4, 1e-7
@@ -203,7 +205,7 @@ class Factored:
         problem = self.problem
         precision = self.tol if precision is None else precision
         # Targets of a squared loss may lie far from zero, where float32 has few digits left for residuals.
-        exact = precision < FLOAT32_GAP or problem.loss.constant_curvature
+        exact = max(precision, self.tol) < FLOAT32_GAP or problem.loss.constant_curvature
         refitted, O = self.refit(factors, torch.float64 if exact else problem.dtype)
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
@@ -402,6 +404,9 @@ class Factored:
                     rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
                     bound, pairs = self.estimate(current, precision=rough)
                 assert bound is not None
+                if bound.relative_gap <= schedule.target and not self.ridge_only:
+                    # From below, and rough: it has to hold when looked at closely.
+                    bound, pairs = self.estimate(current, precision=SURE * self.tol)
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
                     solution = self.finish(current, "the relative gap reached tol", bound)
@@ -621,7 +626,8 @@ class Factored:
             slim, _ = canonical(self.problem, factors.to(torch.float64), share * abs(bound.primal))
             if slim.n_units == factors.n_units:
                 return slim, bound
-            certificate, _ = self.estimate(slim.to(self.problem.dtype), most=allowed if share else math.inf)
+            rounded = slim.to(self.problem.dtype)
+            certificate, _ = self.estimate(rounded, precision=SURE * self.tol, most=allowed if share else math.inf)
             if certificate.relative_gap <= allowed:
                 break
         return slim, certificate
