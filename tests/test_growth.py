@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from contract_cases import Case, make_setting, random_units
+from convexheads.certificate import certify_factors
 from convexheads.errors import InputError
 from convexheads.problem import Problem
-from convexheads.solvers import starts
+from convexheads.solvers import factored, starts
 from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored
 from convexheads.solvers.starts import random_factors, resize, second_guess
@@ -163,3 +164,25 @@ def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
     assert beta_max(found) < 1e-12
     with pytest.raises(InputError, match=r"beta: got .*; expected a positive number"):
         found.with_beta(beta)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rough the checks before, what a solve without proof ends with is next to what a proof finds."""
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    monkeypatch.setattr(factored, "CONVERGED", 1e9)
+    case = Case("self_attention", n=120, s=5, d=6, c=8, loss="cross_entropy", seed=seed)
+    found = make_setting(case, beta=0.004).problem
+    looks: list[float] = []
+    original = Factored.estimate
+
+    def watched(self: Factored, factors: Factors, *args: object, **options: float) -> object:
+        options.setdefault("converged", factored.CONVERGED)
+        looks.append(options["converged"])
+        return original(self, factors, *args, **options)
+
+    monkeypatch.setattr(Factored, "estimate", watched)
+    solution = solver_function("factored")(found, tol=1e-3, prove=False, random_state=seed)
+    assert solution.converged
+    assert {1e9, factored.SURE} == set(looks)
+    assert certify_factors(found, solution.factors).relative_gap <= 1.05e-3

@@ -85,8 +85,8 @@ ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 CONVERGED = 0.1
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
-SURE = 0.3
-"""The precision as a share of the tolerance where that seems to be reached."""
+SURE = 0.03
+"""The same where the tolerance seems to be reached."""
 FREE = 1e-5
 """Share of the tolerance that the gradient of the intercept may be left with between proofs."""
 FLOAT32_GAP, ROUNDED = 5e-4, 1e-7
@@ -195,17 +195,18 @@ class Factored:
         size: int = PAIRS,
         rounds: int = 12,
         precision: float | None = None,
+        converged: float = CONVERGED,
         most: float = math.inf,
     ) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
-        ``precision`` is the relative gap that matters; default: the tolerance. Of a relative gap above ``most`` it may
-        say no more than that.
+        ``precision`` is the relative gap that matters; default: the tolerance. ``converged`` is the growth of singular
+        values, as a share of it, that ends their search. Of a relative gap above ``most`` it may say no more than that.
         """
         problem = self.problem
         precision = self.tol if precision is None else precision
         # Targets of a squared loss may lie far from zero, where float32 has few digits left for residuals.
-        exact = max(precision, self.tol) < FLOAT32_GAP or problem.loss.constant_curvature
+        exact = precision < FLOAT32_GAP or problem.loss.constant_curvature
         refitted, O = self.refit(factors, torch.float64 if exact else problem.dtype)
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
@@ -218,7 +219,7 @@ class Factored:
             return bound(sigma, ridge).relative_gap > most
 
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), size, rounds, CONVERGED * precision, None if math.isinf(most) else hopeless
+            point.L.to(problem.dtype), size, rounds, converged * precision, None if math.isinf(most) else hopeless
         )
         return bound(sigma, ridge), pairs
 
@@ -406,7 +407,7 @@ class Factored:
                 assert bound is not None
                 if bound.relative_gap <= schedule.target and not self.ridge_only:
                     # From below, and rough: it has to hold when looked at closely.
-                    bound, pairs = self.estimate(current, precision=SURE * self.tol)
+                    bound, pairs = self.estimate(current, converged=SURE)
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
                     solution = self.finish(current, "the relative gap reached tol", bound)
@@ -627,7 +628,7 @@ class Factored:
             if slim.n_units == factors.n_units:
                 return slim, bound
             rounded = slim.to(self.problem.dtype)
-            certificate, _ = self.estimate(rounded, precision=SURE * self.tol, most=allowed if share else math.inf)
+            certificate, _ = self.estimate(rounded, converged=SURE, most=allowed if share else math.inf)
             if certificate.relative_gap <= allowed:
                 break
         return slim, certificate
