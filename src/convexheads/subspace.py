@@ -161,6 +161,18 @@ class BlockSubspace:
         return found, ridge
 
 
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows without what they have in the span of the orthonormal rows ``basis``; twice, for once leaves rounding."""
+    for _ in range(2):
+        rows = rows - (rows @ basis.mT) @ basis
+    return rows
+
+
+def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows that span what ``rows`` have outside the span of ``basis``."""
+    return torch.linalg.qr(_without(rows, basis).mT).Q.mT
+
+
 @dataclass(frozen=True)
 class OutsidePairs:
     """Approximate leading singular pairs of (I - P) Gamma (I - Q), P and Q the projections on a block's units in use.
@@ -241,28 +253,24 @@ class _Outside:
     def __init__(self, k: int, gate: int | None, u: Tensor, v: Tensor, count: int) -> None:
         self.k, self.gate, self.count = k, gate, count
         self.key = (k, gate)
-        self.u, self.v = (torch.linalg.qr(t.mT).Q for t in (u, v))
+        self.u, self.v = (torch.linalg.qr(t.mT).Q.mT for t in (u, v))
         self.left, self.sigma = u.new_zeros(count, u.shape[1]), u.new_zeros(count)
-
-    @staticmethod
-    def _outside(rows: Tensor, basis: Tensor) -> Tensor:
-        for _ in range(2):
-            rows = rows - (rows @ basis) @ basis.mT
-        return rows
 
     def start(self, known: Tensor | None, generator: torch.Generator) -> None:
         like = self.v
-        fresh = torch.randn(self.count, len(like), generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+        fresh = torch.randn(self.count, like.shape[1], generator=generator, dtype=torch.float64).to(
+            like.device, like.dtype
+        )
         rows = fresh if known is None else torch.cat([known.to(like.dtype), fresh])[: self.count]
-        self.right = torch.linalg.qr(self._outside(rows, self.v).mT).Q.mT
+        self.right = _orthonormal(rows, self.v)
 
     def take(self, image: Tensor, left: bool) -> None:
         """Gamma of the right vectors (rows), or Gamma^T of the left ones; these make the next ones."""
         if left:
-            self.left = torch.linalg.qr(self._outside(image, self.u).mT).Q.mT
+            self.left = _orthonormal(image, self.u)
             return
         # Rows are (Gamma^T left_i)^T = sum_j B_ij right_j: a singular value decomposition of what was found.
-        A, self.sigma, right = torch.linalg.svd(self._outside(image, self.v), full_matrices=False)
+        A, self.sigma, right = torch.linalg.svd(_without(image, self.v), full_matrices=False)
         self.left, self.right = A.mT @ self.left, right
 
     def found(self) -> OutsidePairs:
@@ -288,16 +296,10 @@ class _BlockSearch:
         self.sigma = self.new_v.new_zeros(1)
         self.right = self.new_v
 
-    @staticmethod
-    def _orthonormal(image: Tensor, basis: Tensor) -> Tensor:
-        for _ in range(2):
-            image = image - (image @ basis.mT) @ basis
-        return torch.linalg.qr(image.mT).Q.mT
-
     def extend_left(self, image: Tensor) -> None:
         """Take Gamma new_v (rows) into the left basis."""
         self.V = torch.cat([self.V, self.new_v])
-        self.new_u = self._orthonormal(image, self.U)
+        self.new_u = _orthonormal(image, self.U)
 
     def extend_right(self, image: Tensor) -> None:
         """Take Gamma^T new_u (rows): Rayleigh-Ritz in the left basis, and the next right vectors."""
@@ -306,7 +308,7 @@ class _BlockSearch:
         # Rows of images are (Gamma^T u_i)^T, so that images = A diag(sigma) B^T gives pairs (A^T U, B).
         A, self.sigma, Bt = torch.linalg.svd(self.images, full_matrices=False)
         self.left, self.right = A.mT @ self.U, Bt
-        self.new_v = self._orthonormal(image, self.V)
+        self.new_v = _orthonormal(image, self.V)
         self.exhausted = len(self.V) + len(self.new_v) > min(self.p, self.q)
 
     def run(self, gamma: Tensor, rounds: int, tol: float) -> None:
