@@ -61,6 +61,8 @@ LOW_GAP = 0.03
 """Relative gap from which products in low precision are too coarse, ..."""
 LOW_FALL = 5e-4
 """... as they are where the objective falls by less than this share in ten iterations ..."""
+LOW_FAR, LOW_PROGRESS = 0.5, 0.8
+"""... or where a gap of that or less is above this share of the one found before, ..."""
 LOW_PATIENCE = 3
 """... or where an iteration takes more evaluations than that, ..."""
 LOW_NOISE = 2e-5
@@ -425,7 +427,9 @@ class Factored:
                     built_at = -REBUILD
                     if grown:
                         values.clear()
-                if bound.relative_gap <= LOW_GAP or fall(values) <= LOW_FALL * abs(bound.primal):
+                slow = fall(values) <= LOW_FALL * abs(bound.primal)
+                stuck = bound.relative_gap > LOW_PROGRESS * schedule.gap and bound.relative_gap <= LOW_FAR
+                if bound.relative_gap <= LOW_GAP or slow or stuck:
                     optimiser = self.raise_precision(optimiser, shapes)
                 if grown:
                     gradient = optimiser.gradient
@@ -668,5 +672,5 @@ def solve_factored(
             return state.run(first_guess(problem, max_rank, state.generator), cold=True)
         found = second_guess(problem, init, max_rank, state.generator)
         if found is not None:
-            return state.run(found, cold=True)
+            return state.run(found)
         return state.run(init.to(problem.dtype), warm=True)
