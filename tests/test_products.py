@@ -171,12 +171,13 @@ def test_solves_that_begin_in_low_precision_end_in_full(case: Case, monkeypatch:
         assert found.certificate.primal == pytest.approx(full.certificate.primal, rel=2e-4)
 
 
-def test_rounding_that_stops_the_line_search_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One iteration with more evaluations than that is enough, however far the gap is."""
+def raised_at(monkeypatch: pytest.MonkeyPatch, max_iter: int, **constants: float) -> list[int]:
+    """Iterations after which a solve that begins in low precision leaves it, where only these constants let it."""
     monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
     monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
-    monkeypatch.setattr(factored, "LOW_GAP", 0.0)
-    monkeypatch.setattr(factored, "LOW_FALL", -1.0)
+    never = {"LOW_GAP": 0.0, "LOW_FALL": -1.0, "LOW_FAR": 0.0, "LOW_PATIENCE": 100}
+    for name, value in {**never, **constants}.items():
+        monkeypatch.setattr(factored, name, value)
     raised: list[int] = []
     original = factored.Factored.raise_precision
 
@@ -185,13 +186,32 @@ def test_rounding_that_stops_the_line_search_ends_low_precision(monkeypatch: pyt
             raised.append(self.n_iter)
         return original(self, *args)
 
-    monkeypatch.setattr(factored.Factored, "raise_precision", watched)
-    problem = float32_problem(replace(SOME[0], n=300))
-    for patience, expected in ((0, 1), (100, None)):
-        raised.clear()
-        monkeypatch.setattr(factored, "LOW_PATIENCE", patience)
-        solver_function("factored")(problem, tol=1e-3, max_iter=8)
-        assert raised == ([] if expected is None else [expected])
+    with monkeypatch.context() as within:
+        within.setattr(factored.Factored, "raise_precision", watched)
+        solver_function("factored")(float32_problem(replace(SOME[0], n=300)), tol=1e-5, max_iter=max_iter)
+    return raised
+
+
+def test_rounding_that_stops_the_line_search_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One iteration with more evaluations than that is enough, however far the gap is."""
+    assert raised_at(monkeypatch, 8) == []
+    assert raised_at(monkeypatch, 8, LOW_PATIENCE=0) == [1]
+
+
+def test_a_gap_that_no_longer_falls_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second check on, and not far from the optimum, where gaps go up and down."""
+    checks: list[int] = []
+    report = factored.Factored.report
+
+    def watched(self: factored.Factored, *args: object) -> None:
+        checks.append(self.n_iter)
+        report(self, *args)
+
+    monkeypatch.setattr(factored.Factored, "report", watched)
+    found = raised_at(monkeypatch, 40, LOW_FAR=1e9, LOW_PROGRESS=0.0, FIRST_CHECK=2)
+    assert found == [checks[1]]
+    monkeypatch.setattr(factored.Factored, "report", report)
+    assert raised_at(monkeypatch, 12, LOW_FAR=0.0, LOW_PROGRESS=0.0) == []
 
 
 @can_be_set
