@@ -11,7 +11,7 @@ from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, starts
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import PAIRS, Factored
+from convexheads.solvers.factored import PAIRS, Factored, Schedule
 from convexheads.solvers.starts import random_factors, resize, second_guess
 from convexheads.solvers.units import join_units, padding, principal_units
 from convexheads.subspace import BlockSubspace, beta_max
@@ -186,3 +186,27 @@ def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: py
     assert solution.converged
     assert {1e9, factored.SURE} == set(looks)
     assert certify_factors(found, solution.factors).relative_gap <= 1.05e-3
+
+
+def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explicit matrices leave nothing to converge, but a rough look may have been in float32."""
+    found = make_setting(Case("self_attention", n=60, c=4, loss="cross_entropy"), beta=0.01).problem
+    state = Factored(found, 1e-3, 100, None, 0, None)
+    precisions: list[float | None] = []
+    original = Factored.estimate
+
+    def watched(self: Factored, factors: Factors, *args: object, **options: float) -> object:
+        precisions.append(options.get("precision"))
+        return original(self, factors, *args, **options)
+
+    monkeypatch.setattr(Factored, "estimate", watched)
+    factors = random_units(found)
+    # A target of 1 is always reached; gaps before call for a precision of 1e-3 and of 1e-1.
+    for gap, expected in ((1e-3, [1e-3]), (1.0, [0.1, None])):
+        precisions.clear()
+        state.look(factors, Schedule(target=1.0, gap=gap))
+        assert precisions == expected
+    monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
+    precisions.clear()
+    state.look(factors, Schedule(target=1.0, gap=1e-3))
+    assert precisions == [1e-3, None]

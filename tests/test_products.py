@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from convexheads import memory, products
 from convexheads.problem import Problem
 from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
 from convexheads.solvers import factored, solver_function, warmup
+from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.types import Factors
 
 can_be_set = pytest.mark.skipif(products._setting() is None, reason="this torch cannot be told oneDNN's precision")
@@ -231,3 +233,25 @@ def test_rough_products_only_with_units_for_them_and_put_back(monkeypatch: pytes
         setting.fp32_precision = before
     with rough_products(torch.device("cuda")):
         assert setting.fp32_precision == before
+
+
+@can_be_set
+def test_statistics_are_never_rough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preconditioner may be the first to ask for them, and objectives come from what is kept."""
+    monkeypatch.setattr(products, "low_precision", lambda device: torch.bfloat16)
+    problem = float32_problem(replace(SOME[0], n=50))
+    seen: list[str] = []
+    fresh, combine = Problem._fresh_stats, Problem.combine
+
+    def watched(name: str, original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            seen.append(f"{name} {products._setting().fp32_precision}")
+            return original(*args)
+
+        return call
+
+    monkeypatch.setattr(Problem, "_fresh_stats", watched("statistics", fresh))
+    monkeypatch.setattr(Problem, "combine", watched("moments", combine))
+    before = products._setting().fp32_precision
+    Preconditioner(problem, random_units(problem).to(torch.float32), torch.Generator().manual_seed(0))
+    assert set(seen) == {f"statistics {before}", "moments bf16"}

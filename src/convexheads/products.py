@@ -73,24 +73,25 @@ def exact_through_onednn() -> bool:
     return True
 
 
-@contextlib.contextmanager
-def fast_products(multiplications: float = WORTH) -> Iterator[None]:
+def _where(worth: bool) -> contextlib.AbstractContextManager[None]:
+    """:func:`_through_onednn` where that is worth it and the caller has set no precision; else nothing."""
+    setting = _setting()
+    free = worth and setting is not None and setting.fp32_precision == "none"
+    return _through_onednn() if free else contextlib.nullcontext()
+
+
+def fast_products(multiplications: float = WORTH) -> contextlib.AbstractContextManager[None]:
     """In this block float32 products on the CPU run through oneDNN where that is as exact, and worth it.
 
     ``multiplications`` is the size of a typical product of the block. A precision that the caller has set is kept.
     """
-    worth = multiplications >= WORTH and exact_through_onednn() and _setting().fp32_precision == "none"
-    with _through_onednn() if worth else contextlib.nullcontext():
-        yield
+    return _where(multiplications >= WORTH and exact_through_onednn())
 
 
-@contextlib.contextmanager
-def rough_products(device: torch.device) -> Iterator[None]:
+def rough_products(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """In this block float32 products may take operands rounded to bfloat16, where that is several times faster.
 
     Sums stay in float32, so that a second moment stays positive semidefinite: for estimates from samples, whose own
     errors are far larger. A precision that the caller has set is kept.
     """
-    faster = device.type == "cpu" and low_precision(device) is not None and _setting() is not None
-    with _through_onednn() if faster and _setting().fp32_precision == "none" else contextlib.nullcontext():
-        yield
+    return _where(device.type == "cpu" and low_precision(device) is not None)

@@ -61,8 +61,7 @@ class BlockSubspace:
         second round where ``hopeless``, of these two numbers, says that they are too large already.
         """
         problem = self.problem
-        forming, searching = self.work(size, rounds)
-        if forming <= searching:
+        if self._forms(size, rounds):
             return self._dense_pairs(L, size, rounds, tol)
         searches = [
             _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
@@ -92,6 +91,16 @@ class BlockSubspace:
             self.top[search.key] = search.right[: search.size].mT
             pairs += search.pairs_above(bound)
         return best, pairs, ridge
+
+    def _forms(self, size: int, rounds: int) -> bool:
+        """Whether forming every Gamma is cheaper than a search without them."""
+        forming, searching = self.work(size, rounds)
+        return forming <= searching
+
+    def exact(self, size: int, rounds: int) -> bool:
+        """Whether :meth:`top_pairs` takes all singular values of explicit matrices, so that nothing converges."""
+        nuclear = [component for component in self.problem.components if not component.ridge]
+        return self._forms(size, rounds) and all(min(c.p, c.q) <= DENSE_SIZE for c in nuclear)
 
     def work(self, size: int, rounds: int) -> tuple[int, int]:
         """Multiplications a sample, about, of forming every Gamma and of a matrix-free search."""

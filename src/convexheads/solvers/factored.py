@@ -110,8 +110,8 @@ IDLE = 1e-2
 COLLAPSED = 1e-9
 """Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
-PAIRS = 6
-"""Singular pairs of a block that an estimate converges."""
+PAIRS, ROUNDS = 6, 12
+"""Singular pairs of a block that an estimate converges, and the rounds that it takes at most."""
 
 
 def largest_product(problem: Problem) -> float:
@@ -127,7 +127,7 @@ def curvature_pairs(problem: Problem, x: Tensor) -> int:
     return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
 
 
-def fall(values: list[float]) -> float:
+def recent_fall(values: list[float]) -> float:
     """The decrease of the objective in the last ten iterations; infinite after fewer."""
     return values[-11] - values[-1] if len(values) > 10 else math.inf
 
@@ -195,7 +195,6 @@ class Factored:
         self,
         factors: Factors,
         size: int = PAIRS,
-        rounds: int = 12,
         precision: float | None = None,
         converged: float = CONVERGED,
         most: float = math.inf,
@@ -221,9 +220,19 @@ class Factored:
             return bound(sigma, ridge).relative_gap > most
 
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), size, rounds, converged * precision, None if math.isinf(most) else hopeless
+            point.L.to(problem.dtype), size, ROUNDS, converged * precision, None if math.isinf(most) else hopeless
         )
         return bound(sigma, ridge), pairs
+
+    def look(self, factors: Factors, schedule: Schedule) -> tuple[Certificate, list[SingularPair]]:
+        """An estimate as precise as the gap of the moment asks for; more so where the target seems to be reached."""
+        rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
+        found = self.estimate(factors, precision=rough)
+        final = rough == self.tol and self.subspace.exact(PAIRS, ROUNDS)
+        if found[0].relative_gap > schedule.target or final:
+            return found
+        # From below, and rough: it has to hold when looked at closely.
+        return self.estimate(factors, converged=SURE)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -404,12 +413,8 @@ class Factored:
                 current = shapes.like(x)
                 pairs: list[SingularPair] = []
                 if not self.ridge_only:
-                    rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
-                    bound, pairs = self.estimate(current, precision=rough)
+                    bound, pairs = self.look(current, schedule)
                 assert bound is not None
-                if bound.relative_gap <= schedule.target and not self.ridge_only:
-                    # From below, and rough: it has to hold when looked at closely.
-                    bound, pairs = self.estimate(current, converged=SURE)
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
                     solution = self.finish(current, "the relative gap reached tol", bound)
@@ -419,7 +424,13 @@ class Factored:
                 # A warm start of another beta lacks the units that this beta calls for.
                 missing = warm and self.n_iter == 0
                 changed = self.adapt(
-                    optimiser, current, shapes.like(gradient), bound, pairs, 0.0 if stalled else fall(values), missing
+                    optimiser,
+                    current,
+                    shapes.like(gradient),
+                    bound,
+                    pairs,
+                    0.0 if stalled else recent_fall(values),
+                    missing,
                 )
                 stalled, grown = False, False
                 if changed is not None:
@@ -427,7 +438,7 @@ class Factored:
                     built_at = -REBUILD
                     if grown:
                         values.clear()
-                slow = fall(values) <= LOW_FALL * abs(bound.primal)
+                slow = recent_fall(values) <= LOW_FALL * abs(bound.primal)
                 stuck = bound.relative_gap > LOW_PROGRESS * schedule.gap and bound.relative_gap <= LOW_FAR
                 if bound.relative_gap <= LOW_GAP or slow or stuck:
                     optimiser = self.raise_precision(optimiser, shapes)

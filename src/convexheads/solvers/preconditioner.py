@@ -22,6 +22,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from convexheads.architectures import Stats
 from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
@@ -161,34 +162,15 @@ class Preconditioner:
         self.cores = Cores(problem, factors, outside, gap, samples.count, samples.rows) if outside and free else None
         outputwise = free and not problem.loss.constant_curvature
         curvatures = []
-        with rough_products(problem.device):
-            for part in split_rows(len(samples.index), step):
-                stats = problem.stats_of(samples.index[part], dtype)
-                targets, weights = samples.targets[part], samples.weights[part]
-                features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
-                O = problem.combine(factors, features, targets.shape[:-1])
-                row_weights = weights.repeat_interleave(samples.rows)
+        for part in split_rows(len(samples.index), step):
+            # Never rough: statistics may be kept, and objectives come from them.
+            stats = problem.stats_of(samples.index[part], dtype)
+            with rough_products(problem.device):
+                O, targets, weights = self._add(problem, factors, samples, part, stats)
                 hessian += problem.own_loss.mean_hessian(O, targets, weights)
-                if outputwise:
-                    curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
-                    curvatures.append(curvature * row_weights[:, None])
-                for T, blocks in zip(features, self.v_blocks, strict=True):
-                    blocks.add(T.flatten(1), row_weights)
-                E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(
-                    len(O), -1, problem.outputs
-                )
-                if self.cores is not None:
-                    chosen = (samples.place[part] % self.cores.stride == 0).nonzero()[:, 0].to(E.device)
-                    self.cores.add(chosen, features, stats, E.flatten(0, 1), row_weights, samples.rows)
-                for u_blocks, stat, component, units in zip(
-                    self.u_blocks, stats, problem.components, factors.units, strict=True
-                ):
-                    if u_blocks is not None:
-                        place = samples.place[part]
-                        chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
-                        place, chosen = place[chosen], chosen.to(E.device)
-                        thin = tuple(t[chosen] for t in stat)
-                        u_blocks.add(thin, units, E[chosen][..., component.outputs], weights[chosen], place)
+            if outputwise:
+                curvature = problem.own_loss.entry_curvature(O, targets).reshape(-1, problem.outputs)
+                curvatures.append(curvature * weights.repeat_interleave(samples.rows)[:, None])
         hessian = problem.world.sum(hessian)
         for blocks in self.v_blocks:
             blocks.share(problem.world)
@@ -206,6 +188,31 @@ class Preconditioner:
             self.cores.finish(centred)
         self.intercept_inverse = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if centred else None
 
+    def _add(
+        self, problem: Problem, factors: Factors, samples: Samples, part: slice, stats: list[Stats]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in the moments of some of the samples; their outputs, targets and weights."""
+        targets, weights, place = samples.targets[part], samples.weights[part], samples.place[part]
+        features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
+        O = problem.combine(factors, features, targets.shape[:-1])
+        row_weights = weights.repeat_interleave(samples.rows)
+        for T, blocks in zip(features, self.v_blocks, strict=True):
+            blocks.add(T.flatten(1), row_weights)
+        E = problem.loss.hessian_root_product(O, targets, samples.noise[part]).reshape(len(O), -1, problem.outputs)
+        if self.cores is not None:
+            chosen = (place % self.cores.stride == 0).nonzero()[:, 0].to(E.device)
+            self.cores.add(chosen, features, stats, E.flatten(0, 1), row_weights, samples.rows)
+        for u_blocks, stat, component, units in zip(
+            self.u_blocks, stats, problem.components, factors.units, strict=True
+        ):
+            if u_blocks is None:
+                continue
+            chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
+            there = chosen.to(E.device)
+            thin = tuple(t[there] for t in stat)
+            u_blocks.add(thin, units, E[there][..., component.outputs], weights[there], place[chosen])
+        return O, targets, weights
+
     def _outputwise(self, problem: Problem, factors: Factors, samples: Samples, curvature: Tensor, step: int) -> None:
         """Second pass over the samples: moments of the v blocks output by output."""
         columns = sum(blocks.columns for blocks in self.v_blocks)
@@ -214,15 +221,16 @@ class Preconditioner:
         for blocks in self.v_blocks:
             blocks.start_outputs(heavy)
         start = 0
-        with rough_products(problem.device):
-            for part in split_rows(len(samples.index), step):
-                stats = problem.stats_of(samples.index[part], curvature.dtype)
+        for part in split_rows(len(samples.index), step):
+            stats = problem.stats_of(samples.index[part], curvature.dtype)
+            rows = slice(start, start + samples.rows * (part.stop - part.start))
+            with rough_products(problem.device):
                 for component, stat, units, blocks in zip(
                     problem.components, stats, factors.units, self.v_blocks, strict=True
                 ):
                     T = component.features(stat, units).flatten(1)
-                    blocks.add_outputs(T, slice(start, start + len(T)), curvature, heavy)
-                start += samples.rows * (part.stop - part.start)
+                    blocks.add_outputs(T, rows, curvature, heavy)
+            start = rows.stop
         total = problem.world.sum(curvature.sum(0))
         for blocks in self.v_blocks:
             blocks.finish_outputs(problem.world, heavy, total)
