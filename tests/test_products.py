@@ -10,7 +10,7 @@ import torch
 
 from contract_cases import SMALL, Case, make_setting, random_units
 from convexheads import memory, products
-from convexheads.problem import Problem
+from convexheads.problem import Problem, take_rows
 from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
 from convexheads.solvers import factored, solver_function, warmup
 from convexheads.solvers.preconditioner import Preconditioner
@@ -127,6 +127,27 @@ def test_a_gradient_in_low_precision_is_near_the_exact_one(case: Case, loss: str
     assert again.low is None
     assert torch.bfloat16 not in problem._cache
     torch.testing.assert_close(again.flat_value_and_gradient(factors, factors.flat())[1], gradient)
+
+
+def test_chunks_are_larger_and_minibatches_whole_in_low_precision() -> None:
+    problem = float32_problem(replace(SOME[0], n=200))
+    low = problem.in_low_precision(torch.bfloat16)
+    assert low.low is torch.bfloat16
+    assert low.pass_rows(torch.bfloat16, 3) == 2 * problem.pass_rows(torch.float32, 3)
+    factors = random_units(problem).to(torch.float32)
+    parts: list[int] = []
+    low.chunk_gradient = lambda *args: parts.append(len(args[2])) or 0.0  # type: ignore[method-assign,assignment]
+    low.chunk_rows = lambda *args, **kwargs: 2  # type: ignore[method-assign]
+    list(warmup.minibatches(low, factors, 4, torch.Generator().manual_seed(0)))
+    whole, left = divmod(problem.n, 4)
+    assert parts == [4] * whole + [left] * (left > 0)
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([4, 0, 4]), torch.tensor([], dtype=torch.long)])
+def test_rows_are_those_of_indexing(index: slice | torch.Tensor) -> None:
+    rows = torch.arange(30.0).view(5, 3, 2)
+    assert torch.equal(take_rows(rows, index), rows[index])
+    assert take_rows(rows.numpy(), slice(1, 3)).shape == (2, 3, 2)
 
 
 def test_low_precision_is_left_out_where_it_cannot_be() -> None:

@@ -92,6 +92,17 @@ class Component:
         T, pull = self.form.features_and_pullback(stats, units.u, units.gate)
         return T.reshape(-1, *T.shape[-2:]), lambda cotangent: pull(cotangent.reshape(T.shape))
 
+    def adjoint_u(self, stats: Stats, units: Units, L: Tensor) -> Tensor:
+        """Gradient of <L, A> with respect to u, at the units' v: of their shape (m, *u_shape)."""
+        assert units.u is not None
+        pull = self.form.pullback(stats, units.u, units.gate)
+        if pull is None:
+            T, with_features = self.features_and_pullback(stats, units)
+            assert with_features is not None
+            return with_features(self.adjoint_features(T, units.v, L))
+        m, k = units.v.shape[:2]
+        return pull((L @ units.v.flatten(0, 1).mT).view(len(L), m, k))
+
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
         if by_feature(T):

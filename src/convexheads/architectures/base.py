@@ -220,6 +220,10 @@ class Architecture:
             T = self.unit_features(stats, u, gate)
         return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
 
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback | None:
+        """The second of :meth:`features_and_pullback` where it takes no features of u; None elsewhere."""
+        return None
+
     def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:
         """Every sample's own gradient of <unit features, cotangent> in u: (n, m, *u_shape).
 

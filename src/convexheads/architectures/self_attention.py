@@ -60,14 +60,13 @@ class PooledLinearSelfAttention(_Pooled):
         return mixed @ gram
 
     def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        return self.unit_features(stats, u, gate), self.pullback(stats, u, gate)
+
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         mean, gram = stats
         m, d = u.shape[0], self.features
-
-        def pull(cotangent: Tensor) -> Tensor:
-            # G is symmetric.
-            return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
-
-        return self.unit_features(stats, u, gate), pull
+        # G is symmetric.
+        return lambda cotangent: (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
 
     def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         mean, gram = stats
@@ -130,13 +129,12 @@ class PooledGatedSelfAttention(_Pooled):
         return gated_forms(selected, u, gate, X).mT @ X
 
     def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+        return self.unit_features(stats, u, gate), self.pullback(stats, u, gate)
+
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         assert gate is not None
         X, selected = stats
-
-        def pull(cotangent: Tensor) -> Tensor:
-            return gated_forms_adjoint(selected, X @ cotangent.mT, gate, X)
-
-        return self.unit_features(stats, u, gate), pull
+        return lambda cotangent: gated_forms_adjoint(selected, X @ cotangent.mT, gate, X)
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         X, selected = stats

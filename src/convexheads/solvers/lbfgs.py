@@ -22,7 +22,7 @@ from torch import Tensor
 Apply = Callable[[Tensor], Tensor]
 """A linear map of each row of a matrix (r, number of variables)."""
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]
-MEMORY = 40
+MEMORY = 24
 LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
 RESCALE = 5

@@ -46,7 +46,7 @@ MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""
 FEW_ROWS = 1000
 """Rows of features below which all outputs have the mean moment: with so few an iteration is all overhead."""
-HEAVY = 64
+HEAVY = 32
 """Rows of an output's moment that are exact ..."""
 HEAVY_NUMBERS = 2**25
 """... and the most numbers that those of all outputs hold."""

@@ -37,7 +37,7 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     dtype = variables.tensors()[0].dtype
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
-    most = problem.pass_rows(dtype, max(1, variables.n_units))
+    most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
     for index in order.split(size):
         gradient = variables.like(torch.zeros_like(variables.flat()))
         for part in problem.own_samples(index)[0].split(most):
