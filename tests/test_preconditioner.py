@@ -66,6 +66,7 @@ def test_a_common_shift_meets_the_damping_alone() -> None:
 def test_a_linear_head_is_inverted_exactly(loss: str, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block, outputs that do not couple, every row heavy: the Hessian itself, intercept included."""
     monkeypatch.setattr(module, "FEW_ROWS", 0)
+    monkeypatch.setattr(module, "HEAVY", 64)
     problem = make_setting(Case("linear", loss=loss, pooled=pooled, n=9, c=3), beta=0.05).problem
     factors = random_units(problem)
     x = factors.flat()

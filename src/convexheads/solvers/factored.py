@@ -52,7 +52,9 @@ REBUILD = 30
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 NEAR = 0.1
-"""Relative gap from which the preconditioner has a part of its own for soft directions, where it is worth it ..."""
+"""Relative gap from which the preconditioner has a part of its own for soft directions, ..."""
+SETTLING = 3e-3
+"""... or decrease of the objective in ten iterations, as a share of it: the gap may wait for them; if worth it ..."""
 SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
@@ -335,9 +337,12 @@ class Factored:
         O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
-    def worth_softening(self, factors: Factors, bound: Certificate | None) -> bool:
-        """Whether soft directions get a part of their own: near an optimum, and where iterations are expensive."""
-        if bound is None or bound.relative_gap > NEAR:
+    def worth_softening(self, factors: Factors, bound: Certificate | None, fall: float) -> bool:
+        """Whether soft directions get a part of their own: near an optimum, and where iterations are expensive.
+
+        ``fall`` is the decrease of the objective in the last ten iterations.
+        """
+        if bound is None or (bound.relative_gap > NEAR and fall > SETTLING * abs(bound.primal)):
             return False
         return self.problem.n * self.problem.gradient_work(factors) >= SOFT_WORK
 
@@ -449,7 +454,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            if not soft and self.worth_softening(shapes, bound):
+            if not soft and self.worth_softening(shapes, bound, recent_fall(values)):
                 soft, built_at = True, -REBUILD
             if self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD):
                 optimiser.inverse = None  # its memory goes first
