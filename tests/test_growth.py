@@ -188,6 +188,29 @@ def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: py
     assert certify_factors(found, solution.factors).relative_gap <= 1.05e-3
 
 
+def test_without_a_proof_nothing_is_formed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("self_attention", n=120, s=5, d=6, c=8, loss="cross_entropy")
+    found = make_setting(case, beta=0.004).problem.in_dtype(torch.float32)
+    dtypes: set[torch.dtype] = set()
+    original = Problem._fresh_stats
+
+    def watched(self: Problem, index: slice | torch.Tensor, dtype: torch.dtype) -> object:
+        dtypes.add(dtype)
+        return original(self, index, dtype)
+
+    monkeypatch.setattr(Problem, "_fresh_stats", watched)
+    solution = solver_function("factored")(found, tol=1e-3, prove=False)
+    assert solution.converged
+    assert dtypes == {torch.float32}
+    assert solution.factors.tensors()[0].dtype == torch.float64
+    # The intercept is next to the best one, and the estimate to the exact gap.
+    exact = certify_factors(found, solution.factors)
+    network = certify_factors(found, solution.factors, network=True)
+    assert exact.relative_gap <= 1.05e-3
+    assert network.primal == pytest.approx(found.value(solution.factors, torch.float64), rel=1e-6)
+    assert solution.certificate.primal == pytest.approx(exact.primal, rel=1e-6)
+
+
 def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Explicit matrices leave nothing to converge, but a rough look may have been in float32."""
     found = make_setting(Case("self_attention", n=60, c=4, loss="cross_entropy"), beta=0.01).problem

@@ -221,7 +221,7 @@ class Architecture:
         return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback | None:
-        """The second of :meth:`features_and_pullback` where it takes no features of u; None elsewhere."""
+        """Of pooled forms the second of :meth:`features_and_pullback` if that takes no features of u; else None."""
         return None
 
     def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:

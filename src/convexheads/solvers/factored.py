@@ -23,7 +23,6 @@ from convexheads.certificate import (
     DualPoint,
     certify_refitted,
     penalty,
-    refit_intercept,
     rescaled_bound,
 )
 from convexheads.problem import Problem
@@ -625,7 +624,8 @@ class Factored:
         if self.proves:
             factors, certificate = certify_refitted(problem, factors)
         else:
-            factors, _ = refit_intercept(problem, factors)
+            # As the estimate had it: no statistics in float64 for what is no claim.
+            factors, _ = self.refit(factors.to(problem.dtype), torch.float64)
             certificate = self.estimate(factors.to(problem.dtype))[0] if bound is None else bound
         return Solution(
             factors,
