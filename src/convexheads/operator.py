@@ -97,11 +97,10 @@ class Component:
         assert units.u is not None
         pull = self.form.pullback(stats, units.u, units.gate)
         if pull is None:
-            T, with_features = self.features_and_pullback(stats, units)
-            assert with_features is not None
-            return with_features(self.adjoint_features(T, units.v, L))
-        m, k = units.v.shape[:2]
-        return pull((L @ units.v.flatten(0, 1).mT).view(len(L), m, k))
+            T, pull = self.features_and_pullback(stats, units)
+            assert pull is not None
+            return pull(self.adjoint_features(T, units.v, L))
+        return pull(self.adjoint_features(None, units.v, L))
 
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
@@ -116,9 +115,9 @@ class Component:
         # L first: libraries copy a transposed first factor, and L is the smaller one.
         return (L.mT @ T.flatten(1)).mT.view(T.shape[1], T.shape[2], L.shape[1])
 
-    def adjoint_features(self, T: Tensor, v: Tensor, L: Tensor) -> Tensor:
-        """Gradient of <L, A> with respect to T, in its layout: (rows, m, k)."""
-        if by_feature(T):
+    def adjoint_features(self, T: Tensor | None, v: Tensor, L: Tensor) -> Tensor:
+        """Gradient of <L, A> with respect to the features T: (rows, m, k), in the layout of T if it is at hand."""
+        if T is not None and by_feature(T):
             return (L @ v.transpose(0, 1).flatten(0, 1).mT).view(len(L), v.shape[1], v.shape[0]).mT
         return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
 

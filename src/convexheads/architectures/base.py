@@ -213,15 +213,21 @@ class Architecture:
     def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
         """``unit_features``, and the adjoint of their derivative in u: a cotangent of their shape -> one of u's shape.
 
-        By automatic differentiation: override where explicit products are cheaper.
+        By :meth:`pullback`, else by automatic differentiation.
         """
+        pull = self.pullback(stats, u, gate)
+        if pull is not None:
+            return self.unit_features(stats, u, gate), pull
         u = u.detach().requires_grad_()
         with torch.enable_grad():
             T = self.unit_features(stats, u, gate)
         return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback | None:
-        """Of pooled forms the second of :meth:`features_and_pullback` if that takes no features of u; else None."""
+        """The adjoint of the derivative of ``unit_features`` in u without any features of u; None where there is none.
+
+        Override in pooled forms where explicit products are cheaper than automatic differentiation.
+        """
         return None
 
     def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:
@@ -313,8 +319,8 @@ class VectorForm(Architecture):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         return (stats[0] @ u.mT)[..., None]
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        return self.unit_features(stats, u, gate), lambda cotangent: cotangent[..., 0].mT @ stats[0]
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
+        return lambda cotangent: cotangent[..., 0].mT @ stats[0]
 
 
 class GatedVectorForm(Architecture):
@@ -328,10 +334,9 @@ class GatedVectorForm(Architecture):
         assert gate is not None
         return features_by_gate(stats[0], u, gate)
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         assert gate is not None
-        own, index = stats[0], gate
-        return self.unit_features(stats, u, gate), lambda cotangent: features_by_gate_adjoint(own, cotangent, index)
+        return lambda cotangent: features_by_gate_adjoint(stats[0], cotangent, gate)
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, gate, rows, None]

@@ -37,13 +37,9 @@ class PooledLinearMixer(Architecture):
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         return (stats[0] @ (u.mT * self.tokens**-0.5)).mT
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         columns = stats[0].flatten(0, 1)
-
-        def pull(cotangent: Tensor) -> Tensor:
-            return (cotangent.mT.reshape(len(columns), -1).mT @ columns) * self.tokens**-0.5
-
-        return self.unit_features(stats, u, gate), pull
+        return lambda cotangent: (cotangent.mT.reshape(len(columns), -1).mT @ columns) * self.tokens**-0.5
 
     def sample_gradients(self, stats: Stats, u: Tensor, gate: Tensor | None, cotangent: Tensor) -> Tensor:
         return (cotangent.view(len(stats[0]), len(u), -1) @ stats[0]) * self.tokens**-0.5
@@ -92,14 +88,10 @@ class PooledGatedMixer(_Square):
         columns, selected = stats
         return gated_forms(selected, u, gate, columns).mT
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
+    def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         assert gate is not None
         columns, selected = stats
-
-        def pull(cotangent: Tensor) -> Tensor:
-            return gated_forms_adjoint(selected, cotangent.mT, gate, columns)
-
-        return self.unit_features(stats, u, gate), pull
+        return lambda cotangent: gated_forms_adjoint(selected, cotangent.mT, gate, columns)
 
     @property
     def row_step(self) -> int:

@@ -59,9 +59,6 @@ class PooledLinearSelfAttention(_Pooled):
         mixed = (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d)
         return mixed @ gram
 
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        return self.unit_features(stats, u, gate), self.pullback(stats, u, gate)
-
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         mean, gram = stats
         m, d = u.shape[0], self.features
@@ -127,9 +124,6 @@ class PooledGatedSelfAttention(_Pooled):
         assert gate is not None
         X, selected = stats
         return gated_forms(selected, u, gate, X).mT @ X
-
-    def features_and_pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> tuple[Tensor, Pullback]:
-        return self.unit_features(stats, u, gate), self.pullback(stats, u, gate)
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         assert gate is not None

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from convexheads.distributed import World
 from convexheads.operator import Component
-from convexheads.problem import Problem
+from convexheads.problem import Problem, take_rows
 from convexheads.spectral import principal_axes
 from convexheads.subspace import IN_USE, OutsidePairs
 from convexheads.types import Factors, Units
@@ -231,7 +231,7 @@ class Cores:
         every = (index[:, None] * rows + torch.arange(rows, device=index.device)).flatten()
         E, weights = E[every], weights[every] * self.stride
         for k, core in self.blocks:
-            thin = tuple(t[index] for t in stats[k])
+            thin = tuple(take_rows(t, index) for t in stats[k])
             core.add(features[k][every], core.component.features(thin, core.extra), E, weights)
 
     def finish(self, centred: bool) -> None:

@@ -625,8 +625,9 @@ class Factored:
             factors, certificate = certify_refitted(problem, factors)
         else:
             # As the estimate had it: no statistics in float64 for what is no claim.
-            factors, _ = self.refit(factors.to(problem.dtype), torch.float64)
-            certificate = self.estimate(factors.to(problem.dtype))[0] if bound is None else bound
+            rounded = factors.to(problem.dtype)
+            factors, _ = self.refit(rounded, torch.float64)
+            certificate = self.estimate(rounded)[0] if bound is None else bound
         return Solution(
             factors,
             certificate,

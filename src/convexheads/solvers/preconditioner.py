@@ -26,7 +26,7 @@ from convexheads.architectures import Stats
 from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
-from convexheads.problem import Problem
+from convexheads.problem import Problem, take_rows
 from convexheads.products import rough_products
 from convexheads.solvers.cores import Cores
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
@@ -209,8 +209,8 @@ class Preconditioner:
                 continue
             chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
             there = chosen.to(E.device)
-            thin = tuple(t[there] for t in stat)
-            u_blocks.add(thin, units, E[there][..., component.outputs], weights[there], place[chosen])
+            thin = tuple(take_rows(t, there) for t in stat)
+            u_blocks.add(thin, units, take_rows(E, there)[..., component.outputs], weights[there], place[chosen])
         return O, targets, weights
 
     def _outputwise(self, problem: Problem, factors: Factors, samples: Samples, curvature: Tensor, step: int) -> None:
