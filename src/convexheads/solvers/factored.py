@@ -30,7 +30,7 @@ from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
-from convexheads.solvers.starts import FEW_UNITS, first_guess, second_guess
+from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
 from convexheads.solvers.units import (
     canonical,
     join_units,
@@ -75,9 +75,12 @@ SETTLED = 0.5
 SPANNED = 0.9
 """Share of a direction's norm within the units' span from which it is not outside."""
 TRIMMED = 1e-2
-"""Share of the gap in the smallest units that are dropped, if they are many ..."""
+"""Share of the gap in the smallest units that are dropped, ..."""
+SHRINKING, LEAST_SHRINKING = 5.0, 0.05
+"""... where units count for little whose singular value is below beta w by this many times the relative gap, and at
+least by this share, ..."""
 WORTH_TRIMMING = 0.8
-"""... so that at most this share of the units is left."""
+"""... if they are so many that at most this share of the units is left."""
 PATIENCE = 2
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
 FIRST_CHECK = 10
@@ -90,6 +93,12 @@ CONVERGED = 0.1
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
 SURE = 0.03
 """The same where the tolerance seems to be reached."""
+SPARED = (0.1, 0.02)
+"""Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""
+ROOM = 0.75
+"""... of which the first is tried where the gap is below this share of what is asked for, or far above, ..."""
+SLACK = 1.05
+"""... and the factor by which the gap may rise for it."""
 FREE = 1e-5
 """Share of the tolerance that the gradient of the intercept may be left with between proofs."""
 FLOAT32_GAP, ROUNDED = 5e-4, 1e-7
@@ -184,6 +193,9 @@ class Factored:
         self.start = time.perf_counter()
         self.n_iter = 0
         self.n_proofs = 0
+        # Whether units that shrink may be dropped early, and whether any were dropped. Where there are few samples
+        # units are few and iterations cheap.
+        self.trusting, self.trimmed = problem.n >= WARMUP_SAMPLES, False
         self.least_gap, self.least_at = math.inf, 0
         self.subspace = BlockSubspace(problem, self.generator)
         self.beyond = OutsideSubspace(problem, self.generator)
@@ -205,11 +217,20 @@ class Factored:
         ``precision`` is the relative gap that matters; default: the tolerance. ``converged`` is the growth of singular
         values, as a share of it, that ends their search. Of a relative gap above ``most`` it may say no more than that.
         """
-        problem = self.problem
         precision = self.tol if precision is None else precision
+        return self.measure(*self.refit(factors, self.exact_dtype(precision)), size, precision, converged, most)
+
+    def exact_dtype(self, precision: float) -> torch.dtype:
+        """What the outputs of an estimate are taken in where a relative gap of ``precision`` matters."""
         # Targets of a squared loss may lie far from zero, where float32 has few digits left for residuals.
-        exact = precision < FLOAT32_GAP or problem.loss.constant_curvature
-        refitted, O = self.refit(factors, torch.float64 if exact else problem.dtype)
+        exact = precision < FLOAT32_GAP or self.problem.loss.constant_curvature
+        return torch.float64 if exact else self.problem.dtype
+
+    def measure(
+        self, refitted: Factors, O: Tensor, size: int, precision: float, converged: float, most: float
+    ) -> tuple[Certificate, list[SingularPair]]:
+        """:meth:`estimate` of what :meth:`refit` has returned."""
+        problem = self.problem
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
 
@@ -225,15 +246,11 @@ class Factored:
         )
         return bound(sigma, ridge), pairs
 
-    def look(self, factors: Factors, schedule: Schedule) -> tuple[Certificate, list[SingularPair]]:
-        """An estimate as precise as the gap of the moment asks for; more so where the target seems to be reached."""
+    def look(self, factors: Factors, schedule: Schedule) -> tuple[Certificate, list[SingularPair], bool]:
+        """An estimate as precise as the gap of the moment asks for, and whether a closer one would find the same."""
         rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
-        found = self.estimate(factors, precision=rough)
-        final = rough == self.tol and self.subspace.exact(PAIRS, ROUNDS)
-        if found[0].relative_gap > schedule.target or final:
-            return found
-        # From below, and rough: it has to hold when looked at closely.
-        return self.estimate(factors, converged=SURE)
+        bound, pairs = self.estimate(factors, precision=rough)
+        return bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -416,15 +433,18 @@ class Factored:
             if due:
                 current = shapes.like(x)
                 pairs: list[SingularPair] = []
+                sure = True
                 if not self.ridge_only:
-                    bound, pairs = self.look(current, schedule)
+                    bound, pairs, sure = self.look(current, schedule)
                 assert bound is not None
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
-                    solution = self.finish(current, "the relative gap reached tol", bound)
-                    if solution.converged:
-                        return solution
-                    schedule.ask_for_more(self.tol, bound.relative_gap, solution.certificate.relative_gap)
+                    slim, bound = self.slim(current, bound, schedule.target, sure)
+                    if bound.relative_gap <= SLACK * schedule.target:
+                        solution = self.finish(slim, bound, "the relative gap reached tol")
+                        if solution.converged:
+                            return solution
+                        schedule.ask_for_more(self.tol, bound.relative_gap, solution.certificate.relative_gap)
                 # A warm start of another beta lacks the units that this beta calls for.
                 missing = warm and self.n_iter == 0
                 changed = self.adapt(
@@ -481,7 +501,9 @@ class Factored:
             elif stalls > 5:
                 message = "no further decrease could be found in float64"
                 break
-        return self.finish(shapes.like(optimiser.steadied()[0]), message)
+        last = shapes.like(optimiser.steadied()[0])
+        bound = self.estimate(last)[0]
+        return self.finish(*self.slim(last, bound, max(schedule.target, bound.relative_gap), True), message)
 
     def raise_precision(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
         """Go on with all products in the precision of the variables; curvature pairs and preconditioner are kept."""
@@ -513,12 +535,14 @@ class Factored:
         if pairs and (missing or fall < self.stall(factors, bound)):
             grown = self.grow(factors, bound)
         elif fall < SETTLED * bound.gap:
-            smaller = self.trim(optimiser, factors, gradient, TRIMMED * bound.gap)
+            smaller = self.trim(optimiser, factors, gradient, bound)
             if smaller is not None:
                 optimiser, shapes = smaller
                 factors = shapes.like(optimiser.x)
             grown = self.widen(factors, bound, pairs)
         if grown is not None:
+            # What was dropped may have come back: no more than once.
+            self.trusting = self.trusting and not self.trimmed
             return self.enlarge(optimiser, factors, grown), True
         return None if smaller is None else (smaller, False)
 
@@ -600,34 +624,31 @@ class Factored:
             optimiser.pairs = old.pairs.mapped(padding(before, after))
         return optimiser, shapes
 
-    def trim(self, optimiser: LBFGS, factors: Factors, gradient: Factors, spare: float) -> tuple[LBFGS, Factors] | None:
-        """An optimiser without the units that together carry less than ``spare``; None where there are few of them.
+    def trim(
+        self, optimiser: LBFGS, factors: Factors, gradient: Factors, bound: Certificate
+    ) -> tuple[LBFGS, Factors] | None:
+        """An optimiser without the units that together carry next to nothing; None where there are few of them.
 
         Units are first turned into principal ones, by an orthogonal map that keeps curvature pairs valid.
         """
-        maps = principal_units(self.problem, factors, gradient, spare)
+        certain = max(SHRINKING * bound.relative_gap, LEAST_SHRINKING) if self.trusting else math.inf
+        maps = principal_units(self.problem, factors, gradient, TRIMMED * bound.gap, certain)
         kept = sum(len(own) for own in maps if own is not None)
         total = sum(own.shape[1] for own in maps if own is not None)
         if not total or kept > WORTH_TRIMMING * total:
             return None
+        self.trimmed = True
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
         if len(optimiser.pairs):
             smaller.pairs = optimiser.pairs.mapped(lambda vectors: turned_rows(vectors, factors, maps))
         return smaller, shapes
 
-    def finish(self, factors: Factors, message: str, bound: Certificate | None = None) -> Solution:
-        """The certified solution without its smallest units; ``bound`` is the estimate with all of them, if known."""
-        problem = self.problem
+    def finish(self, factors: Factors, bound: Certificate, message: str) -> Solution:
+        """The solution, with its certificate, from what :meth:`slim` has returned."""
         self.n_proofs += 1
-        if factors.n_units:
-            factors, bound = self.slim(factors, self.estimate(factors)[0] if bound is None else bound)
+        certificate = bound
         if self.proves:
-            factors, certificate = certify_refitted(problem, factors)
-        else:
-            # As the estimate had it: no statistics in float64 for what is no claim.
-            rounded = factors.to(problem.dtype)
-            factors, _ = self.refit(rounded, torch.float64)
-            certificate = self.estimate(rounded)[0] if bound is None else bound
+            factors, certificate = certify_refitted(self.problem, factors)
         return Solution(
             factors,
             certificate,
@@ -638,21 +659,42 @@ class Factored:
             {"proofs": self.n_proofs},
         )
 
-    def slim(self, factors: Factors, bound: Certificate) -> tuple[Factors, Certificate]:
-        """Factors without as many of the smallest units as the gap ``bound`` allows, with an estimate of their gap.
+    def slim(self, factors: Factors, bound: Certificate, target: float, sure: bool) -> tuple[Factors, Certificate]:
+        """Factors without as many of the smallest units as a gap of ``target`` allows, and a close estimate of theirs.
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
+        ``bound`` is the estimate with all units. Unless it is ``sure``, the gap that comes back may be above the
+        target. Factors come back in float64, with the intercept solved for.
         """
-        allowed = max(0.9 * self.tol, 1.05 * bound.relative_gap)
-        for share in (0.1 * self.tol, 0.02 * self.tol, 0.05 * self.tol**2, 0.0):
-            slim, _ = canonical(self.problem, factors.to(torch.float64), share * abs(bound.primal))
+
+        def close(found: Factors, most: float) -> tuple[Factors, Certificate]:
+            refitted, O = self.refit(found.to(self.problem.dtype), self.exact_dtype(self.tol))
+            return refitted, self.measure(refitted, O, PAIRS, self.tol, SURE, most)[0]
+
+        allowed = max(target / SLACK, SLACK * bound.relative_gap)
+        whole = factors.to(torch.float64)
+        shares: tuple[float, ...] = (*SPARED, 0.05 * self.tol)
+        if ROOM * target < bound.relative_gap < target:
+            shares = shares[1:]
+        for share in shares:
+            slim, _ = canonical(self.problem, whole, share * self.tol * abs(bound.primal))
             if slim.n_units == factors.n_units:
-                return slim, bound
-            rounded = slim.to(self.problem.dtype)
-            certificate, _ = self.estimate(rounded, converged=SURE, most=allowed if share else math.inf)
-            if certificate.relative_gap <= allowed:
                 break
-        return slim, certificate
+            refitted, certificate = close(slim, allowed)
+            if certificate.relative_gap <= allowed:
+                return refitted, certificate
+            if not sure:
+                refitted, bound = close(factors, math.inf)
+                sure = True
+                if bound.relative_gap > allowed:
+                    return refitted, bound
+                allowed = max(allowed, SLACK * bound.relative_gap)
+        # Only what carries nothing at all.
+        none, _ = canonical(self.problem, whole, 0.0)
+        if not sure:
+            return close(none, math.inf)
+        refitted, _ = self.refit(none.to(self.problem.dtype), self.exact_dtype(self.tol))
+        return refitted, bound
 
 
 @register("factored")

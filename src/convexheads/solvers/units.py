@@ -13,6 +13,9 @@ from convexheads.spectral import balanced_factors
 from convexheads.subspace import SingularPair
 from convexheads.types import Factors, Units
 
+FADING = 0.05
+"""Share of what a unit carries that counts, when small ones are dropped, where it shrinks for certain."""
+
 
 def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors, list[Tensor]]:
     """Balanced, orthogonal units of every block; the smallest are dropped.
@@ -64,12 +67,16 @@ def canonical(problem: Problem, factors: Factors, drop: float) -> tuple[Factors,
     return Factors(found, factors.intercept), spectra
 
 
-def principal_units(problem: Problem, factors: Factors, gradient: Factors, spare: float) -> list[Tensor | None]:
+def principal_units(
+    problem: Problem, factors: Factors, gradient: Factors, spare: float, shrinking: float
+) -> list[Tensor | None]:
     """For every component the map (kept, m) with orthonormal rows from its units to the principal ones that are kept.
 
     Within a block (U, V) -> (R U, R V) changes nothing for orthogonal R. With R from U U^T + V V^T the units are
     orthogonal once they are balanced, and the smallest can go: those dropped carry less than ``spare`` in all, and
-    none of them grows along minus the ``gradient``.
+    none of them grows along minus the ``gradient``. A unit that is small because it is on its way out counts for
+    little: at an optimum a_r^T (A^* L) b_r is -beta w for the unit vectors of every unit that stays, and here it is
+    nearer to zero by more than the share ``shrinking``.
     """
     found: list[Tensor | None] = []
     parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -85,9 +92,12 @@ def principal_units(problem: Problem, factors: Factors, gradient: Factors, spare
             slopes = gradient.units[k]
             assert slopes.u is not None
             against = u @ slopes.u[own].flatten(1).double().mT + v @ slopes.v[own].flatten(1).double().mT
-            growing = (vectors.mT @ against * vectors.mT).sum(1) < 0
+            slope = (vectors.mT @ against * vectors.mT).sum(1)
+            cost = weight * size
+            # The slope is 2 cost (1 - sigma / (beta w)) with sigma = -a_r^T (A^* L) b_r.
+            cost = torch.where(slope > 2.0 * shrinking * cost, FADING * cost, cost)
             # What grows is no candidate, however small.
-            parts.append((k, own, torch.where(growing, math.inf, weight * size), vectors.mT))
+            parts.append((k, own, torch.where(slope < 0, math.inf, cost), vectors.mT))
     sizes = torch.cat([part[2] for part in parts]) if parts else torch.zeros(0)
     ordered, _ = sizes.clamp_min(0).sort()
     n_dropped = int((ordered.cumsum(0) <= spare).sum())
