@@ -110,7 +110,9 @@ def test_a_unit_that_shrinks_for_certain_counts_for_little(excess: float, kept: 
 
 
 @pytest.mark.parametrize("sure", [False, True])
-def test_slim_factors_are_looked_at_closely_however_rough_the_bound(sure: bool) -> None:
+def test_slim_factors_are_looked_at_closely_however_rough_the_bound(
+    sure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bound far below the truth: what is not sure is measured again, and comes back above the target."""
     found = problem(0.3)
     state = Factored(found, 1e-3, 100, None, 0, None)
@@ -118,13 +120,23 @@ def test_slim_factors_are_looked_at_closely_however_rough_the_bound(sure: bool) 
     true, _ = state.estimate(factors)
     assert true.relative_gap > 0.01
     low = dataclasses.replace(true, relative_gap=5e-4)
+    looks: list[float] = []
+    original = Factored.measure
+
+    def watched(self: Factored, refitted: Factors, O: torch.Tensor, *numbers: float) -> object:
+        looks.append(numbers[2])
+        return original(self, refitted, O, *numbers)
+
+    monkeypatch.setattr(Factored, "measure", watched)
     slim, bound = state.slim(factors, low, 9.4e-4, sure)
     assert slim.n_units == 6
+    # What is sure, and loses nothing, is not looked at again.
+    assert looks == ([] if sure else [factored.SURE])
     assert bound.relative_gap == pytest.approx(5e-4 if sure else true.relative_gap, rel=1e-3)
 
 
 def test_slim_factors_lose_what_carries_next_to_nothing() -> None:
-    """Copies of units of an optimum at a millionth of the size go; the gap that comes back is theirs."""
+    """Random units of next to no size beside those of an optimum go; the gap that comes back is theirs."""
     found = problem(0.3)
     solution = solver_function("factored")(found, tol=1e-5)
     (units,) = solution.factors.units
@@ -140,6 +152,30 @@ def test_slim_factors_lose_what_carries_next_to_nothing() -> None:
     assert slim.n_units <= len(units.v) < len(tiny.v)
     assert close.relative_gap <= 9.4e-4
     assert close.relative_gap == pytest.approx(certify_factors(found, slim).relative_gap, abs=3e-5)
+
+
+@pytest.mark.parametrize("gap_of_all", [9.45e-4, 9.8e-4])
+def test_what_may_go_never_takes_the_gap_beyond_what_is_accepted(
+    gap_of_all: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All units are within the target and its slack, fewer are not: then all of them come back."""
+    found = problem(0.3)
+    state = Factored(found, 1e-3, 100, None, 0, None, prove=False)
+    factors = random_factors(found, [6], torch.Generator().manual_seed(1), torch.float64)
+    (units,) = factors.units
+    scale = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-6], dtype=torch.float64)[:, None, None]
+    factors = Factors([Units(units.u * scale, units.v * scale)], factors.intercept)
+    true, _ = state.estimate(factors)
+
+    def measure(self: Factored, refitted: Factors, *rest: object) -> object:
+        gap = gap_of_all if refitted.n_units == 6 else 1.02e-3
+        return dataclasses.replace(true, relative_gap=gap), []
+
+    monkeypatch.setattr(Factored, "measure", measure)
+    rough = dataclasses.replace(true, relative_gap=9.39e-4)
+    slim, bound = state.slim(factors, rough, 9.4e-4, False)
+    assert slim.n_units == 6
+    assert bound.relative_gap == gap_of_all <= factored.SLACK * 9.4e-4
 
 
 def test_a_start_near_the_optimum_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,12 +95,12 @@ class Component:
     def adjoint_u(self, stats: Stats, units: Units, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to u, at the units' v: of their shape (m, *u_shape)."""
         assert units.u is not None
+        T: Tensor | None = None
         pull = self.form.pullback(stats, units.u, units.gate)
         if pull is None:
             T, pull = self.features_and_pullback(stats, units)
             assert pull is not None
-            return pull(self.adjoint_features(T, units.v, L))
-        return pull(self.adjoint_features(None, units.v, L))
+        return pull(self.adjoint_features(T, units.v, L))
 
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""

@@ -664,7 +664,7 @@ class Factored:
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
         ``bound`` is the estimate with all units. Unless it is ``sure``, the gap that comes back may be above the
-        target. Factors come back in float64, with the intercept solved for.
+        target. Factors come back in float64, with the intercept solved for unless a proof does so again.
         """
 
         def close(found: Factors, most: float) -> tuple[Factors, Certificate]:
@@ -686,15 +686,16 @@ class Factored:
             if not sure:
                 refitted, bound = close(factors, math.inf)
                 sure = True
-                if bound.relative_gap > allowed:
+                if bound.relative_gap > SLACK * target:
                     return refitted, bound
-                allowed = max(allowed, SLACK * bound.relative_gap)
+                allowed = max(allowed, SLACK * min(target, bound.relative_gap))
         # Only what carries nothing at all.
         none, _ = canonical(self.problem, whole, 0.0)
         if not sure:
             return close(none, math.inf)
-        refitted, _ = self.refit(none.to(self.problem.dtype), self.exact_dtype(self.tol))
-        return refitted, bound
+        if not self.proves:
+            none, _ = self.refit(none.to(self.problem.dtype), self.exact_dtype(self.tol))
+        return none, bound
 
 
 @register("factored")
