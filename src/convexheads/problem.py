@@ -38,6 +38,10 @@ class Rows(Protocol):
 
 
 WORKSPACE = memory.WORKSPACE  # elements of the largest temporary of one chunk
+LEAST_ROWS, LEAST_LOW_ROWS = 256, 512
+"""Samples a chunk at least of heads whose evaluation is products: of numbers of four bytes, and of fewer, ..."""
+LOW_ROWS = 2.5
+"""... of which a chunk has so many times as many."""
 GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
@@ -180,7 +184,7 @@ class Problem:
         """
         whole = None
         if low is not None and self.budget.limit is None and all(c.form.products_only for c in self.components):
-            whole = self._low_stats(low)
+            whole = self.low_stats(low)
         if whole is None:
             return self
         other = self.in_dtype(self.dtype)
@@ -188,15 +192,14 @@ class Problem:
         return other
 
     def in_full_precision(self) -> Problem:
-        """The same program with all products in full precision again; statistics in low precision are freed."""
+        """The same program with all products in full precision again."""
         if self.low is None:
             return self
-        self._cache.pop(self.low, None)
         other = self.in_dtype(self.dtype)
         other.low = None
         return other
 
-    def _low_stats(self, low: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
+    def low_stats(self, low: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
         """Statistics rounded to ``low`` precision from those in memory; None where there is no room for both."""
         if low not in self._cache:
             whole = self._cached_stats(self.dtype)
@@ -268,9 +271,12 @@ class Problem:
 
         return [tuple(rows(t) for t in stats) for stats in like]
 
-    def forget(self) -> None:
-        """Free the cached statistics."""
-        self._cache.clear()
+    def forget(self, dtype: torch.dtype | None = None) -> None:
+        """Free the cached statistics, or only those of one dtype."""
+        if dtype is None:
+            self._cache.clear()
+        else:
+            self._cache.pop(dtype, None)
 
     def chunk_rows(self, n_units: int = 32, fresh: bool = False) -> int:
         """Samples a chunk, so that the temporaries of ``n_units`` units stay small.
@@ -291,10 +297,15 @@ class Problem:
     def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
         """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them.
 
-        Twice as many where numbers take half of the bytes: what a chunk costs besides products counts more there.
+        More where numbers take half of the bytes: what a chunk costs besides products counts more there. And products
+        of few rows are slow, however many their columns.
         """
         rows = self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None)
-        return 2 * rows if dtype.itemsize < 4 else rows
+        low = dtype.itemsize < 4
+        least = 0
+        if self.budget.limit is None and all(c.form.products_only for c in self.components):
+            least = LEAST_LOW_ROWS if low else LEAST_ROWS
+        return max(int(LOW_ROWS * rows) if low else rows, least)
 
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
         """Statistics of some samples for every component."""
@@ -389,11 +400,11 @@ class Problem:
             gradient.intercept += L.sum(0)
         L = L if self.low is None else L.to(self.low)
         for component, units, (T, pull), g in zip(self.components, every, parts, gradient.units, strict=True):
-            self._pull(component, units, T, pull, L, g)
+            self.pull(component, units, T, pull, L, g)
         return loss
 
     @staticmethod
-    def _pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
+    def pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
         """Add the adjoint of one component at L, applied to both factors of its units."""
         part = L[:, component.outputs]
         into.v += component.adjoint_v(T, part)
@@ -419,26 +430,28 @@ class Problem:
         total = 0.0
         for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
             total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient)
-        if self.world.size > 1:
-            total, gradient = self.summed(total, gradient)
-            flat = gradient.flat()
-        start = 0
-        for component, units in zip(self.components, factors.units, strict=True):
+        total, flat = self.summed(total, flat)
+        return total + self.flat_decay(shapes, x, flat), flat
+
+    def flat_decay(self, shapes: Factors, x: Tensor, gradient: Tensor) -> float:
+        """The weight decay of the variables ``x``, summed in float64; its gradient is added to ``gradient``."""
+        total, start = 0.0, 0
+        for component, units in zip(self.components, shapes.units, strict=True):
             weight, size = self.penalty_weight(component), sum(t.numel() for t in units.tensors())
             own = x[start : start + size]
-            flat[start : start + size].add_(own, alpha=weight)
+            gradient[start : start + size].add_(own, alpha=weight)
             exact = own.double()
             total += 0.5 * weight * float(exact @ exact)
             start += size
-        return total, flat
+        return total
 
-    def summed(self, value: float, gradient: Factors) -> tuple[float, Factors]:
-        """A value and a gradient summed over the workers."""
+    def summed(self, value: float, gradient: Tensor) -> tuple[float, Tensor]:
+        """A value and a gradient, one vector, summed over the workers."""
         if self.world.size == 1:
             return value, gradient
-        flat = gradient.flat()
-        whole, held = self.world.sum_all([flat, torch.tensor([value], dtype=torch.float64, device=flat.device)])
-        return float(held[0]), gradient.like(whole)
+        held = torch.tensor([value], dtype=torch.float64, device=gradient.device)
+        whole, total = self.world.sum_all([gradient, held])
+        return float(total[0]), whole
 
     # Intercept --------------------------------------------------------------------------------------------
 
@@ -553,7 +566,7 @@ class Problem:
                     into.v += component.adjoint_v(component.features(stat, each), rows[:, component.outputs])
                     continue
                 if sides == "both":
-                    self._pull(component, each, *component.features_and_pullback(stat, each), rows, into)
+                    self.pull(component, each, *component.features_and_pullback(stat, each), rows, into)
                 elif into.u is not None:
                     into.u += component.adjoint_u(stat, each, rows[:, component.outputs])
         return self._summed_units(found)

@@ -28,6 +28,7 @@ from convexheads.certificate import (
 from convexheads.problem import Problem
 from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
+from convexheads.solvers.differences import Differences, fits
 from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
@@ -68,6 +69,8 @@ LOW_PATIENCE = 3
 """... or where an iteration takes more evaluations than that, ..."""
 LOW_NOISE = 2e-5
 """... because of their noise, as a share of the objective."""
+DIFFERENCE_NOISE = 3e-6
+"""The same of products of differences: a rise by less is accepted where the slope along the step falls."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
 SETTLED = 0.5
@@ -197,6 +200,9 @@ class Factored:
         # units are few and iterations cheap.
         self.trusting, self.trimmed = problem.n >= WARMUP_SAMPLES, False
         self.least_gap, self.least_at = math.inf, 0
+        # The precision of products of differences, where they are worth it, and what takes them.
+        self.low: torch.dtype | None = None
+        self.differences: Differences | None = None
         self.subspace = BlockSubspace(problem, self.generator)
         self.beyond = OutsideSubspace(problem, self.generator)
         # The gap follows from the gradient where nothing but ridge branches is left.
@@ -384,6 +390,12 @@ class Factored:
             return self.problem.flat_value_and_gradient(factors, x)
 
         noise = LOW_NOISE if self.problem.low is not None else 2e-7 if dtype == torch.float32 else 1e-14
+        if self.differences is not None:
+            self.differences.release()
+        self.differences = None
+        if self.problem.low is None and self.low is not None and dtype == torch.float32 and self.fitting(factors):
+            evaluate = self.differences = Differences(self.problem, factors, self.low)
+            noise = DIFFERENCE_NOISE
         x = factors.flat()
         return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
 
@@ -407,8 +419,11 @@ class Factored:
         problem = self.problem
         if self.max_rank is not None:
             factors = largest(factors, self.max_rank)
+        rough = lowered(problem, factors)
+        if self.every_worker(rough.low is not None):
+            self.low = rough.low
         if cold:
-            self.problem = lowered(problem, factors)
+            self.problem = rough
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         schedule = Schedule(TARGET * self.tol)
         if cold:
@@ -491,10 +506,15 @@ class Factored:
             if self.problem.low is not None:
                 optimiser = self.raise_precision(optimiser, shapes)
                 continue
+            if self.differences is not None:
+                optimiser = self.leave_differences(optimiser, shapes)
+                continue
             stalls, stalled = stalls + 1, True
             schedule.latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
+                self.free_low()
+                self.low = None
                 self.problem = self.problem.in_dtype(torch.float64)
                 self.subspace.problem = self.beyond.problem = self.problem
                 optimiser, shapes = self.optimiser(shapes.like(optimiser.x), torch.float64)
@@ -510,11 +530,37 @@ class Factored:
         if self.problem.low is None:
             return optimiser
         self.problem = self.problem.in_full_precision()
+        return self.replaced(optimiser, shapes)
+
+    def leave_differences(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
+        """Go on with products that are no differences; curvature pairs and preconditioner are kept."""
+        self.free_low()
+        self.low = None
+        return self.replaced(optimiser, shapes)
+
+    def replaced(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
+        """An optimiser that evaluates by what is in force now, with all that this one knows."""
         finer, _ = self.optimiser(shapes.like(optimiser.x), optimiser.x.dtype)
         finer.pairs = optimiser.pairs
         if optimiser.inverse is not None:
             finer.set_inverse(optimiser.inverse)
         return finer
+
+    def free_low(self) -> None:
+        """Free what products in low precision need: if they go on, it is made again."""
+        if self.differences is not None:
+            self.differences.release()
+        if self.low is not None:
+            self.problem.forget(self.low)
+
+    def every_worker(self, here: bool) -> bool:
+        """Whether something holds for every worker."""
+        return self.problem.world.total(0.0 if here else 1.0) == 0.0
+
+    def fitting(self, factors: Factors) -> bool:
+        """Whether every worker has room for differences from these factors."""
+        assert self.low is not None
+        return self.every_worker(fits(self.problem, factors, self.low))
 
     def adapt(
         self,
@@ -647,6 +693,7 @@ class Factored:
         """The solution, with its certificate, from what :meth:`slim` has returned."""
         self.n_proofs += 1
         certificate = bound
+        self.free_low()
         if self.proves:
             factors, certificate = certify_refitted(self.problem, factors)
         return Solution(

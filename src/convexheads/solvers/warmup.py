@@ -39,12 +39,13 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
     for index in order.split(size):
-        gradient = variables.like(torch.zeros_like(variables.flat()))
+        flat = torch.zeros_like(variables.flat())
+        gradient = variables.like(flat)
         for part in problem.own_samples(index)[0].split(most):
             stats = problem.stats_of(part, problem.low or dtype)
             targets, weights = problem.targets_of(part, dtype)
             problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
-        _, gradient = problem.summed(0.0, gradient)
+        gradient = variables.like(problem.summed(0.0, flat)[1])
         problem.add_decay(variables, gradient)
         yield gradient
 

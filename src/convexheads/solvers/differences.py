@@ -1,0 +1,161 @@
+"""The objective's gradient with the digits of float32 from matrix products of bfloat16, by differences from a point.
+
+Rounding the factors of a product to eight bits spoils it by a share of the product. Near an optimum that share is
+larger than the gradient that is left. But iterates move little there: at a *reference* everything is computed exactly,
+and elsewhere only what has changed since then, so that the share is one of the change. With T linear in u, outputs
+O = T(u) v + b and residuals L, and subscript 0 for the reference,
+
+    O - O_0     = T(u - u_0) v + T(u_0) (v - v_0) + b - b_0
+    dv - dv_0   = T(u - u_0)^T L + T(u_0)^T (L - L_0)
+    du - du_0   = T^*( (L - L_0) v^T + L_0 (v - v_0)^T ).
+
+Of every product one factor is a difference. Features T(u_0) and residuals L_0 are kept; the first differences of
+outputs and of residuals are sums in float32. A new reference is taken where the gradient has changed by many times what
+is left of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexheads.operator import by_feature
+from convexheads.problem import Problem
+from convexheads.types import Factors
+
+FAR = 10.0
+"""Change of the gradient since the reference, over the gradient, from which there is a new one."""
+
+
+def fits(problem: Problem, shapes: Factors, low: torch.dtype) -> bool:
+    """Whether features of so many units in precision ``low`` take no more memory than statistics may."""
+    numbers = sum(len(u.v) * c.form.value_width for u, c in zip(shapes.units, problem.components, strict=True))
+    return numbers * problem.local * low.itemsize <= problem.cache_bytes
+
+
+class Kept:
+    """Features of all samples, in low precision and in the layout in which they come."""
+
+    def __init__(self, n: int, like: Tensor, low: torch.dtype) -> None:
+        self.transposed = by_feature(like)
+        like = like.mT if self.transposed else like
+        self.rows = torch.empty(n, *like.shape[1:], dtype=low, device=like.device)
+
+    def write(self, index: slice, T: Tensor) -> None:
+        self.rows[index] = T.mT if self.transposed else T
+
+    def read(self, index: slice) -> Tensor:
+        return self.rows[index].mT if self.transposed else self.rows[index]
+
+
+class Differences:
+    """The objective and its gradient at vectors of variables.
+
+    Parameters
+    ----------
+    problem : of pooled heads whose evaluation is products.
+    shapes : shapes of the variables.
+    low : precision of the products of differences.
+
+    Attributes
+    ----------
+    exact, rough : evaluations of either kind so far.
+    stale : whether the next one is exact.
+    """
+
+    def __init__(self, problem: Problem, shapes: Factors, low: torch.dtype) -> None:
+        self.problem, self.shapes, self.low = problem, shapes, low
+        self.exact = self.rough = 0
+        self.release()
+
+    def release(self) -> None:
+        """Free what is kept of the reference; the next evaluation is exact."""
+        self.stale = True
+        self.features: list[Kept] = []
+        self.outputs = self.residuals = torch.empty(0)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> tuple[float, Tensor]:
+        """The objective at ``x``, and its gradient."""
+        problem = self.problem
+        if self.stale or problem.low_stats(self.low) is None:
+            self.release()
+            value, gradient = problem.summed(*self._refer(x))
+            self.reference, self.base = x, gradient.clone()
+            self.stale, self.exact = False, self.exact + 1
+            return value + problem.flat_decay(self.shapes, x, gradient), gradient
+        value, change = problem.summed(*self._differ(x))
+        self.rough += 1
+        gradient = self.base + change
+        value += problem.flat_decay(self.shapes, x, gradient)
+        self.stale = float(change.norm()) > FAR * float(gradient.norm())
+        return value, gradient
+
+    def _refer(self, x: Tensor) -> tuple[float, Tensor]:
+        """Loss and its gradient of the samples here at ``x``, which becomes the reference."""
+        problem, factors, flat = self.problem, self.shapes.like(x), torch.zeros_like(x)
+        gradient, total = self.shapes.like(flat), 0.0
+        kept: list[Kept] = []
+        self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
+        self.residuals = torch.empty_like(self.outputs)
+        for index, stats in problem.chunks(x.dtype, max(1, factors.n_units)):
+            targets, weights = problem.targets_of(index, x.dtype)
+            parts = [
+                component.features_and_pullback(each, units)
+                for component, each, units in zip(problem.components, stats, factors.units, strict=True)
+            ]
+            O = problem.combine(factors, [T for T, _ in parts], targets.shape[:-1])
+            loss, L = problem.own_loss.value_and_gradient(O, targets, weights)
+            total += loss
+            if gradient.intercept is not None:
+                gradient.intercept += L.sum(0)
+            for component, units, (T, pull), g in zip(
+                problem.components, factors.units, parts, gradient.units, strict=True
+            ):
+                problem.pull(component, units, T, pull, L, g)
+            kept = kept or [Kept(problem.local, T, self.low) for T, _ in parts]
+            for each, (T, _) in zip(kept, parts, strict=True):
+                each.write(index, T)
+            self.outputs[index], self.residuals[index] = O, L
+        self.features = kept
+        return total, flat
+
+    def _differ(self, x: Tensor) -> tuple[float, Tensor]:
+        """Loss of the samples here at ``x``, and the change of its gradient since the reference."""
+        problem, low, flat = self.problem, self.low, torch.zeros_like(x)
+        change, total = self.shapes.like(flat), 0.0
+        moved = self.shapes.like(x - self.reference)
+        steps = [units.to(low) for units in moved.units]
+        values = [units.v.to(low) for units in self.shapes.like(x).units]
+        for index, stats in problem.chunks(low, max(1, moved.n_units)):
+            targets, weights = problem.targets_of(index, x.dtype)
+            O, L_0 = self.outputs[index].clone(), self.residuals[index]
+            parts = []
+            for component, each, kept, step, v in zip(
+                problem.components, stats, self.features, steps, values, strict=True
+            ):
+                T, pull = component.features_and_pullback(each, step)
+                T_0 = kept.read(index)
+                if step.u is not None:
+                    O[:, component.outputs] += component.forward(T, v)
+                O[:, component.outputs] += component.forward(T_0, step.v)
+                parts.append((T, pull, T_0))
+            if moved.intercept is not None:
+                O += moved.intercept
+            loss, L = problem.own_loss.value_and_gradient(O, targets, weights)
+            total += loss
+            moves = L - L_0
+            if change.intercept is not None:
+                change.intercept += moves.sum(0)
+            L, L_0, moves = L.to(low), L_0.to(low), moves.to(low)
+            for component, step, v, (T, pull, T_0), g in zip(
+                problem.components, steps, values, parts, change.units, strict=True
+            ):
+                own = component.outputs
+                g.v += component.adjoint_v(T_0, moves[:, own])
+                if pull is None or g.u is None:
+                    continue
+                g.v += component.adjoint_v(T, L[:, own])
+                both = torch.cat([moves[:, own], L_0[:, own]], 1)
+                g.u += pull(component.adjoint_features(T, torch.cat([v, step.v], 2), both))
+        return total, flat

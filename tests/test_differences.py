@@ -1,0 +1,180 @@
+"""Products of differences: exact at their reference, near it elsewhere, and solves by them end where others do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from contract_cases import Case, make_setting, random_units
+from convexheads.problem import Problem
+from convexheads.solvers import differences, factored, solver_function, warmup
+from convexheads.solvers.differences import Differences, fits
+from convexheads.types import Factors
+
+LOW = torch.bfloat16
+ONE = [(Case("self_attention"),), (Case("mixer"),)]
+HEADS = [*ONE, (Case("self_attention"), Case("mixer", weight=2.0)), (Case("mixer", intercept=False),)]
+LOSSES = ["squared", "cross_entropy", "multilabel_logistic"]
+
+
+def float32_problem(heads: tuple[Case, ...], loss: str = "cross_entropy", n: int = 200, beta: float = 0.02) -> Problem:
+    setting = make_setting(*(replace(head, n=n, loss=loss) for head in heads), beta=beta)
+    return setting.problem.in_dtype(torch.float32)
+
+
+def start(problem: Problem) -> tuple[Factors, torch.Tensor, torch.Tensor]:
+    """Random factors, their variables, and a random move of these."""
+    shapes = random_units(problem).to(torch.float32)
+    x = shapes.flat()
+    return shapes, x, torch.randn(len(x), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+def test_errors_are_a_share_of_the_change(heads: tuple[Case, ...], loss: str) -> None:
+    problem = float32_problem(heads, loss)
+    shapes, x, move = start(problem)
+    evaluate = Differences(problem, shapes, LOW)
+    value, gradient = evaluate(x)
+    exact_value, exact = problem.flat_value_and_gradient(shapes, x)
+    assert value == exact_value
+    assert torch.equal(gradient, exact)
+    for size in (0.1, 0.01, 0.001):
+        evaluate.stale = False
+        y = x + size * move
+        value, gradient = evaluate(y)
+        there_value, there = problem.flat_value_and_gradient(shapes, y)
+        assert 0 < float((gradient - there).norm()) < 0.01 * float((there - exact).norm())
+        assert value == pytest.approx(there_value, abs=0.005 * size * float(exact.norm() * move.norm()))
+    assert evaluate.rough == 3
+
+
+def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(ONE[0])
+    shapes, x, move = start(problem)
+    whole = Differences(problem, shapes, LOW)
+    whole(x)
+    _, expected = whole(x + 0.01 * move)
+    monkeypatch.setattr(Problem, "pass_rows", lambda self, dtype, *args, **kwargs: 7 if dtype == LOW else 11)
+    parts = Differences(problem, shapes, LOW)
+    parts(x)
+    torch.testing.assert_close(parts(x + 0.01 * move)[1], expected, rtol=1e-3, atol=1e-4)
+    assert (parts.exact, parts.rough) == (1, 1)
+
+
+def test_a_new_reference_where_the_gradient_has_changed_by_far_more_than_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = float32_problem(ONE[0])
+    shapes, x, move = start(problem)
+    evaluate = Differences(problem, shapes, LOW)
+    evaluate(x)
+    evaluate(x + 1e-3 * move)
+    assert not evaluate.stale
+    monkeypatch.setattr(differences, "FAR", 0.0)
+    evaluate(x + 1e-3 * move)
+    assert evaluate.stale
+    value, gradient = evaluate(x + move)
+    assert (evaluate.exact, evaluate.rough, evaluate.stale) == (2, 2, False)
+    exact_value, exact = problem.flat_value_and_gradient(shapes, x + move)
+    assert value == exact_value
+    assert torch.equal(gradient, exact)
+
+
+def test_what_was_freed_is_made_again_or_done_without() -> None:
+    problem = float32_problem(ONE[1])
+    shapes, x, move = start(problem)
+    evaluate = Differences(problem, shapes, LOW)
+    evaluate(x)
+    evaluate.release()
+    problem.forget(LOW)
+    assert LOW not in problem._cache
+    evaluate(x)
+    evaluate(x + 0.01 * move)
+    assert (evaluate.exact, evaluate.rough) == (2, 1)
+    problem.forget(LOW)
+    evaluate(x + 0.01 * move)
+    # Statistics in low precision come from exact ones, and so are the same.
+    assert (evaluate.exact, evaluate.rough) == (2, 2)
+    problem.forget(LOW)
+    problem.cache_bytes = 1
+    value, gradient = evaluate(x + 0.01 * move)
+    assert (evaluate.exact, evaluate.rough) == (3, 2)
+    exact_value, exact = problem.flat_value_and_gradient(shapes, x + 0.01 * move)
+    assert value == exact_value
+    assert torch.equal(gradient, exact)
+
+
+def test_features_are_only_kept_where_there_is_room() -> None:
+    problem = float32_problem(ONE[0], n=50)
+    shapes, _, _ = start(problem)
+    numbers = 50 * len(shapes.units[0].v) * problem.components[0].form.value_width
+    for room, there in ((2 * numbers, True), (2 * numbers - 1, False)):
+        problem.cache_bytes = room
+        assert fits(problem, shapes, LOW) == there
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Differences]:
+    """Low precision on any device and for any size; all the differences that solves then make."""
+    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
+    monkeypatch.setattr(warmup, "low_precision", lambda device: LOW)
+    made: list[Differences] = []
+    original = Differences.__init__
+
+    def watched(self: Differences, *args: Any) -> None:
+        made.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(Differences, "__init__", watched)
+    return made
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+def test_solves_end_where_others_do(
+    heads: tuple[Case, ...], loss: str, everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = float32_problem(heads, loss, 300)
+    found = solver_function("factored")(problem, tol=1e-4)
+    assert found.converged
+    assert found.certificate.certified
+    # Most evaluations were not exact, and nothing is left behind.
+    assert sum(each.rough for each in everywhere) > 2 * sum(each.exact for each in everywhere)
+    assert LOW not in problem._cache
+    assert not any(each.features for each in everywhere)
+    everywhere.clear()
+    monkeypatch.setattr(warmup, "low_precision", lambda device: None)
+    full = solver_function("factored")(problem, tol=1e-4)
+    assert not everywhere
+    assert found.certificate.primal == pytest.approx(full.certificate.primal, rel=2e-4)
+    assert found.n_iter < 2 * full.n_iter + 20
+
+
+def test_a_tolerance_beyond_float32_is_reached_in_float64(everywhere: list[Differences]) -> None:
+    problem = float32_problem(ONE[0], n=60, beta=0.1)
+    found = solver_function("factored")(problem, tol=1e-9)
+    assert everywhere
+    assert found.converged
+    assert found.certificate.relative_gap <= 1e-9
+
+
+def test_without_room_for_features_products_are_exact(
+    everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factored, "fits", lambda *args: False)
+    problem = float32_problem(ONE[0], n=60)
+    assert solver_function("factored")(problem, tol=1e-3).converged
+    assert not everywhere
+
+
+def test_a_warm_start_goes_by_differences_at_once(everywhere: list[Differences]) -> None:
+    problem = float32_problem(ONE[0], n=300)
+    first = solver_function("factored")(problem, tol=1e-4)
+    everywhere.clear()
+    again = solver_function("factored")(problem.with_beta(0.5 * problem.beta), tol=1e-4, init=first.factors)
+    assert again.converged
+    assert everywhere[0].exact > 0
