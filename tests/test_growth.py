@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from contract_cases import Case, make_setting, random_units
-from convexheads.certificate import certify_factors
+from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, starts
 from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored, Schedule
+from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.starts import random_factors, resize, second_guess
-from convexheads.solvers.units import join_units, padding, principal_units
+from convexheads.solvers.units import join_units, padding, principal_units, turned, turned_back, turned_rows
 from convexheads.subspace import BlockSubspace, beta_max
 from convexheads.types import Factors, Units
 
@@ -247,6 +248,62 @@ def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
     vectors = torch.stack([before.flat(), -2.0 * before.flat()])
     expected = torch.stack([after.flat(), -2.0 * after.flat()])
     assert torch.equal(padding(before, after)(vectors), expected)
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_vectors_are_turned_back_by_the_transposed_maps(activation: str) -> None:
+    found = make_setting(Case("mixer", activation, n=10), Case("linear", n=10), Case("self_attention", n=10)).problem
+    factors = random_units(found, 3)
+    maps = principal_units(found, factors, random_units(found, 3, seed=2), math.inf, math.inf)
+    kept = sum(len(rows) for rows in maps if rows is not None)
+    assert 0 < kept < factors.n_units
+    smaller = turned(factors, maps)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, len(factors.flat()), generator=generator, dtype=torch.float64)
+    y = torch.randn(2, len(smaller.flat()), generator=generator, dtype=torch.float64)
+    there, back = turned_rows(x, factors, maps), turned_back(y, factors, maps)
+    torch.testing.assert_close(there @ y.mT, x @ back.mT)
+    # Orthonormal rows: there and back again is nothing.
+    torch.testing.assert_close(turned_rows(back, factors, maps), y)
+
+
+def trimming(found: Problem) -> tuple[Factored, LBFGS, Factors, Certificate]:
+    """A solve at an optimum with six units of no size beside its own, and its gap."""
+    solution = solver_function("factored")(found, tol=1e-3)
+    (units,) = solution.factors.units
+    assert units.u is not None
+    generator = torch.Generator().manual_seed(2)
+    tiny = [1e-5 * torch.randn(6, *t.shape[1:], generator=generator, dtype=torch.float64) for t in units.tensors()]
+    factors = Factors([Units(torch.cat([units.u, tiny[0]]), torch.cat([units.v, tiny[1]]))], solution.factors.intercept)
+    state = solver(found)
+    optimiser, _ = state.optimiser(factors, torch.float64)
+    return state, optimiser, factors, state.estimate(factors)[0]
+
+
+def test_a_preconditioner_goes_on_without_the_units_that_were_dropped() -> None:
+    found = problem(0.5)
+    state, optimiser, factors, bound = trimming(found)
+    weights = torch.rand(len(factors.flat()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    optimiser.set_inverse(lambda rows: rows * weights)
+    gradient = factors.like(optimiser.gradient)
+    trimmed = state.trim(optimiser, factors, gradient, bound, math.inf)
+    assert trimmed is not None
+    smaller, shapes = trimmed
+    assert shapes.n_units <= factors.n_units - 6
+    assert smaller.inverse is not None
+    each = torch.eye(len(smaller.x), dtype=torch.float64)
+    matrix = smaller.inverse(each)
+    torch.testing.assert_close(matrix, matrix.mT)
+    maps = principal_units(found, factors, gradient, factored.TRIMMED * bound.gap, math.inf)
+    torch.testing.assert_close(matrix, turned_rows(turned_back(each, factors, maps) * weights, factors, maps))
+
+
+def test_what_is_dropped_costs_no_more_than_ten_iterations_gain() -> None:
+    found = problem(0.5)
+    state, optimiser, factors, bound = trimming(found)
+    gradient = factors.like(optimiser.gradient)
+    assert state.trim(optimiser, factors, gradient, bound, 1e-14 * bound.primal) is None
+    assert state.trim(optimiser, factors, gradient, bound, bound.gap) is not None
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])

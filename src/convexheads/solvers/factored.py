@@ -40,6 +40,7 @@ from convexheads.solvers.units import (
     principal_units,
     spanned,
     turned,
+    turned_back,
     turned_rows,
     unit_sizes,
 )
@@ -77,8 +78,8 @@ SETTLED = 0.5
 """Decrease in ten iterations, as a share of the gap, below which directions outside the units' span are added."""
 SPANNED = 0.9
 """Share of a direction's norm within the units' span from which it is not outside."""
-TRIMMED = 1e-2
-"""Share of the gap in the smallest units that are dropped, ..."""
+TRIMMED, TRIMMED_FALL = 1e-2, 1.0
+"""Shares of the gap, and of the fall of the objective in ten iterations, in the smallest units that are dropped, ..."""
 SHRINKING, LEAST_SHRINKING = 5.0, 0.05
 """... where units count for little whose singular value is below beta w by this many times the relative gap, and at
 least by this share, ..."""
@@ -474,9 +475,10 @@ class Factored:
                 stalled, grown = False, False
                 if changed is not None:
                     (optimiser, shapes), grown = changed
-                    built_at = -REBUILD
                     if grown:
                         values.clear()
+                    if grown or optimiser.inverse is None:
+                        built_at = -REBUILD
                 slow = recent_fall(values) <= LOW_FALL * abs(bound.primal)
                 stuck = bound.relative_gap > LOW_PROGRESS * schedule.gap and bound.relative_gap <= LOW_FAR
                 if bound.relative_gap <= LOW_GAP or slow or stuck:
@@ -581,7 +583,7 @@ class Factored:
         if pairs and (missing or fall < self.stall(factors, bound)):
             grown = self.grow(factors, bound)
         elif fall < SETTLED * bound.gap:
-            smaller = self.trim(optimiser, factors, gradient, bound)
+            smaller = self.trim(optimiser, factors, gradient, bound, fall)
             if smaller is not None:
                 optimiser, shapes = smaller
                 factors = shapes.like(optimiser.x)
@@ -671,14 +673,17 @@ class Factored:
         return optimiser, shapes
 
     def trim(
-        self, optimiser: LBFGS, factors: Factors, gradient: Factors, bound: Certificate
+        self, optimiser: LBFGS, factors: Factors, gradient: Factors, bound: Certificate, fall: float
     ) -> tuple[LBFGS, Factors] | None:
         """An optimiser without the units that together carry next to nothing; None where there are few of them.
 
-        Units are first turned into principal ones, by an orthogonal map that keeps curvature pairs valid.
+        Units are first turned into principal ones, by an orthogonal map that keeps curvature pairs valid, and the
+        preconditioner. What is dropped costs no more than ten iterations gain: far from an optimum the gap is many
+        times what is left to gain, and units that come back throw it back.
         """
         certain = max(SHRINKING * bound.relative_gap, LEAST_SHRINKING) if self.trusting else math.inf
-        maps = principal_units(self.problem, factors, gradient, TRIMMED * bound.gap, certain)
+        spare = min(TRIMMED * bound.gap, TRIMMED_FALL * fall)
+        maps = principal_units(self.problem, factors, gradient, spare, certain)
         kept = sum(len(own) for own in maps if own is not None)
         total = sum(own.shape[1] for own in maps if own is not None)
         if not total or kept > WORTH_TRIMMING * total:
@@ -687,6 +692,9 @@ class Factored:
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
         if len(optimiser.pairs):
             smaller.pairs = optimiser.pairs.mapped(lambda vectors: turned_rows(vectors, factors, maps))
+        inverse = optimiser.inverse
+        if inverse is not None:
+            smaller.set_inverse(lambda rows: turned_rows(inverse(turned_back(rows, factors, maps)), factors, maps))
         return smaller, shapes
 
     def finish(self, factors: Factors, bound: Certificate, message: str) -> Solution:
