@@ -12,6 +12,7 @@ from contract_cases import Case, make_setting, random_units
 from convexheads.problem import Problem
 from convexheads.solvers import differences, factored, solver_function, warmup
 from convexheads.solvers.differences import Differences, fits
+from convexheads.subspace import BlockSubspace
 from convexheads.types import Factors
 
 LOW = torch.bfloat16
@@ -178,3 +179,47 @@ def test_a_warm_start_goes_by_differences_at_once(everywhere: list[Differences])
     again = solver_function("factored")(problem.with_beta(0.5 * problem.beta), tol=1e-4, init=first.factors)
     assert again.converged
     assert everywhere[0].exact > 0
+
+
+@pytest.mark.parametrize("sides", ["both", "left", "right"])
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+def test_adjoints_in_low_precision_have_three_digits(heads: tuple[Case, ...], sides: Any) -> None:
+    problem = float32_problem(heads)
+    units = random_units(problem).to(torch.float32).units
+    L = problem.null_gradient().float()
+    exact = problem.adjoint(L, units, sides=sides)
+    rough = problem.adjoint(L, units, sides=sides, low=LOW)
+    for one, other in zip(exact, rough, strict=True):
+        for s, t in zip(one.tensors(), other.tensors(), strict=True):
+            assert t.dtype == torch.float32
+            assert float((t - s).norm()) <= 0.01 * float(s.norm())
+    assert any(not torch.equal(one.v, other.v) or sides == "left" for one, other in zip(exact, rough, strict=True))
+    # Where statistics cannot be rounded nothing is.
+    problem.forget(LOW)
+    problem.cache_bytes = 1
+    again = problem.adjoint(L, units, sides=sides, low=LOW)
+    for one, other in zip(exact, again, strict=True):
+        for s, t in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(t, s)
+
+
+def test_only_rough_looks_search_in_low_precision(
+    everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at what is returned: of the precisions asked for there is one from which on products are rounded."""
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    asked: list[tuple[float, bool]] = []
+    original = factored.Factored.measure
+
+    def watched(self: factored.Factored, refitted: Factors, O: torch.Tensor, size: int, *rest: Any) -> object:
+        precision, _, _, low = (*rest, None)[:4]
+        asked.append((precision, low is not None))
+        return original(self, refitted, O, size, *rest)
+
+    monkeypatch.setattr(factored.Factored, "measure", watched)
+    problem = float32_problem(ONE[0], n=300)
+    found = solver_function("factored")(problem, tol=1e-4)
+    assert found.converged
+    assert {low for precision, low in asked if precision < factored.LOW_SEARCH} == {False}
+    assert {low for precision, low in asked if precision >= factored.LOW_SEARCH} == {True}
+    assert not asked[-1][1]

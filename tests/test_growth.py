@@ -325,10 +325,10 @@ def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: py
     original = Factored.measure
 
     def rougher(self: Factored, factors: Factors, O: torch.Tensor, size: int, *numbers: float) -> object:
-        precision, converged, most = numbers
+        precision, converged, most, *low = numbers
         looks.append(converged)
         rough = 1e9 if converged == factored.CONVERGED else converged
-        return original(self, factors, O, size, precision, rough, most)
+        return original(self, factors, O, size, precision, rough, most, *low)
 
     monkeypatch.setattr(Factored, "measure", rougher)
     solution = solver_function("factored")(found, tol=1e-3, prove=False, random_state=seed)

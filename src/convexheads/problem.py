@@ -545,11 +545,13 @@ class Problem:
         units: list[Units],
         only: Callable[[Component], bool] = lambda component: True,
         sides: Literal["both", "left", "right"] = "both",
+        low: torch.dtype | None = None,
     ) -> list[Units]:
         """For every unit (u, v): (Gamma v, Gamma^T u), the adjoint applied to both of its factors.
 
         ``sides`` "left" asks for Gamma v only and "right" for Gamma^T u only: the others are zero then, but for ridge
-        branches, and their products are saved. Components not in ``only`` get zeros.
+        branches, and their products are saved. Components not in ``only`` get zeros. ``low`` is the precision that
+        factors of products are rounded to, if statistics can be; sums have that of L.
         """
         dtype = L.dtype
         found = [
@@ -557,6 +559,8 @@ class Problem:
             for each in units
         ]
         count = max(1, sum(each.v.shape[0] for each in units))
+        if low is not None and self.in_low_precision(low) is not self:
+            dtype, L, units = low, L.to(low), [each.to(low) for each in units]
         for index, stats in self.chunks(dtype, count):
             rows = L[index].reshape(-1, self.outputs)
             for component, stat, each, into in zip(self.components, stats, units, found, strict=True):

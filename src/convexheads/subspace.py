@@ -53,12 +53,14 @@ class BlockSubspace:
         rounds: int = 6,
         tol: float = 1e-4,
         hopeless: Callable[[float, float], bool] | None = None,
+        low: torch.dtype | None = None,
     ) -> tuple[float, list[SingularPair], float]:
         """Leading singular pairs of every Gamma_g = A_g^* L, from below.
 
         Returns max_g sigma_g / w_g, the pairs with sigma > beta w_g, and the ridge branches'
         sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative, and after the
-        second round where ``hopeless``, of these two numbers, says that they are too large already.
+        second round where ``hopeless``, of these two numbers, says that they are too large already. ``low`` is the
+        precision that factors of products may be rounded to: then values have three digits, and may be too large.
         """
         problem = self.problem
         if self._forms(size, rounds):
@@ -73,10 +75,10 @@ class BlockSubspace:
             search.start(self.top.get(search.key), self.generator, L)
         previous, best, ridge = 0.0, 0.0, 0.0
         for step in range(rounds):
-            applied, ridge = self._apply(searches, L, ridge, left=True, with_ridge=step == 0)
+            applied, ridge = self._apply(searches, L, ridge, True, step == 0, low)
             for search, image in zip(searches, applied, strict=True):
                 search.extend_left(image)
-            applied, _ = self._apply(searches, L, ridge, left=False, with_ridge=False)
+            applied, _ = self._apply(searches, L, ridge, False, False, low)
             for search, image in zip(searches, applied, strict=True):
                 search.extend_right(image)
             best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
@@ -137,7 +139,13 @@ class BlockSubspace:
         return best, pairs, ridge
 
     def _apply(
-        self, searches: list[_BlockSearch], L: Tensor, ridge: float, left: bool, with_ridge: bool
+        self,
+        searches: list[_BlockSearch],
+        L: Tensor,
+        ridge: float,
+        left: bool,
+        with_ridge: bool,
+        low: torch.dtype | None,
     ) -> tuple[list[Tensor], float]:
         """Gamma v (left) or Gamma^T u of every search's newest vectors, in one pass over the samples."""
         problem, dtype = self.problem, L.dtype
@@ -154,7 +162,7 @@ class BlockSubspace:
             if component.gates is not None:
                 gate = torch.cat([torch.full((len(s.new_u),), s.gate or 0, device=L.device) for s in own])
             units.append(Units(u, v, gate))
-        images = problem.adjoint(L, units, sides="left" if left else "right")
+        images = problem.adjoint(L, units, sides="left" if left else "right", low=low)
         if with_ridge:
             ridge = sum(
                 float(image.v.double().square().sum()) / (2 * problem.penalty_weight(component))
@@ -201,10 +209,13 @@ class OutsideSubspace:
         self.problem, self.generator = problem, generator
         self.right: dict[tuple[int, int | None], Tensor] = {}
 
-    def pairs(self, L: Tensor, factors: Factors, most: int, rounds: int) -> dict[tuple[int, int | None], OutsidePairs]:
+    def pairs(
+        self, L: Tensor, factors: Factors, most: int, rounds: int, low: torch.dtype | None = None
+    ) -> dict[tuple[int, int | None], OutsidePairs]:
         """At most ``most`` pairs of every block, and not more than it has units; from a dual point L.
 
-        ``rounds`` passes over the samples for each side, one more for blocks that are new.
+        ``rounds`` passes over the samples for each side, one more for blocks that are new. ``low`` is the precision
+        that factors of products may be rounded to.
         """
         problem = self.problem
         blocks = []
@@ -227,7 +238,7 @@ class OutsideSubspace:
             if not wide:
                 break
             for left in (True, False):
-                images = problem.adjoint(L, self._units(wide, L), sides="left" if left else "right")
+                images = problem.adjoint(L, self._units(wide, L), sides="left" if left else "right", low=low)
                 for k, image in enumerate(images):
                     there = [block for block in wide if block.k == k]
                     side = image.u if left else image.v

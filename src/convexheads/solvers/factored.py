@@ -72,6 +72,8 @@ LOW_NOISE = 2e-5
 """... because of their noise, as a share of the objective."""
 DIFFERENCE_NOISE = 3e-6
 """The same of products of differences: a rise by less is accepted where the slope along the step falls."""
+LOW_SEARCH = 2e-3
+"""Precision of a relative gap from which singular values may be searched for by products in low precision."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
 """Decrease in ten iterations, as a share of the gap, below which units are added: all units in use, or not."""
 SETTLED = 0.5
@@ -218,14 +220,16 @@ class Factored:
         precision: float | None = None,
         converged: float = CONVERGED,
         most: float = math.inf,
+        low: torch.dtype | None = None,
     ) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
         ``precision`` is the relative gap that matters; default: the tolerance. ``converged`` is the growth of singular
         values, as a share of it, that ends their search. Of a relative gap above ``most`` it may say no more than that.
+        ``low`` is the precision that factors of products may be rounded to in their search.
         """
         precision = self.tol if precision is None else precision
-        return self.measure(*self.refit(factors, self.exact_dtype(precision)), size, precision, converged, most)
+        return self.measure(*self.refit(factors, self.exact_dtype(precision)), size, precision, converged, most, low)
 
     def exact_dtype(self, precision: float) -> torch.dtype:
         """What the outputs of an estimate are taken in where a relative gap of ``precision`` matters."""
@@ -234,7 +238,14 @@ class Factored:
         return torch.float64 if exact else self.problem.dtype
 
     def measure(
-        self, refitted: Factors, O: Tensor, size: int, precision: float, converged: float, most: float
+        self,
+        refitted: Factors,
+        O: Tensor,
+        size: int,
+        precision: float,
+        converged: float,
+        most: float,
+        low: torch.dtype | None = None,
     ) -> tuple[Certificate, list[SingularPair]]:
         """:meth:`estimate` of what :meth:`refit` has returned."""
         problem = self.problem
@@ -248,15 +259,16 @@ class Factored:
         def hopeless(sigma: float, ridge: float) -> bool:
             return bound(sigma, ridge).relative_gap > most
 
+        limit = None if math.isinf(most) else hopeless
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), size, ROUNDS, converged * precision, None if math.isinf(most) else hopeless
+            point.L.to(problem.dtype), size, ROUNDS, converged * precision, limit, low
         )
         return bound(sigma, ridge), pairs
 
     def look(self, factors: Factors, schedule: Schedule) -> tuple[Certificate, list[SingularPair], bool]:
         """An estimate as precise as the gap of the moment asks for, and whether a closer one would find the same."""
         rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
-        bound, pairs = self.estimate(factors, precision=rough)
+        bound, pairs = self.estimate(factors, precision=rough, low=self.low if rough >= LOW_SEARCH else None)
         return bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
@@ -380,7 +392,7 @@ class Factored:
         problem = self.problem
         O = problem.forward(factors)
         L = problem.loss.gradient(O, *problem.targets_of(slice(0, problem.n), problem.dtype))
-        return self.beyond.pairs(L, factors, OUTSIDE, OUTSIDE_ROUNDS)
+        return self.beyond.pairs(L, factors, OUTSIDE, OUTSIDE_ROUNDS, self.low)
 
     # The solve --------------------------------------------------------------------------------------------
 
