@@ -163,6 +163,32 @@ def test_a_tolerance_beyond_float32_is_reached_in_float64(everywhere: list[Diffe
     assert found.certificate.relative_gap <= 1e-9
 
 
+def test_a_line_search_that_struggles_gets_a_new_reference(
+    everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that finds nothing at the reference itself goes on without differences."""
+    problem = float32_problem(ONE[0], n=300)
+    first = solver_function("factored")(problem, tol=1e-3, random_state=1)
+    usual = len(everywhere)
+    everywhere.clear()
+    monkeypatch.setattr(factored, "STRUGGLE", 0)
+    again = solver_function("factored")(problem, tol=1e-3, random_state=1)
+    assert again.converged
+    assert len(everywhere) >= again.n_iter > usual
+    assert again.certificate.primal == pytest.approx(first.certificate.primal, rel=2e-3)
+    everywhere.clear()
+    monkeypatch.setattr(factored, "STRUGGLE", 3)
+    step = factored.LBFGS.step
+
+    def stuck(self: factored.LBFGS) -> bool:
+        return step(self) if not isinstance(self.evaluate, Differences) else bool(self.gradient is None)
+
+    monkeypatch.setattr(factored.LBFGS, "step", stuck)
+    found = solver_function("factored")(problem, tol=1e-3, random_state=1)
+    assert found.converged
+    assert sum(each.rough for each in everywhere) == 0
+
+
 def test_without_room_for_features_products_are_exact(
     everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
 ) -> None:

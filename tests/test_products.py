@@ -12,9 +12,8 @@ from contract_cases import SMALL, Case, make_setting, random_units
 from convexheads import memory, products
 from convexheads.problem import Problem, take_rows
 from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
-from convexheads.solvers import factored, solver_function, warmup
+from convexheads.solvers import warmup
 from convexheads.solvers.preconditioner import Preconditioner
-from convexheads.types import Factors
 
 can_be_set = pytest.mark.skipif(products._setting() is None, reason="this torch cannot be told oneDNN's precision")
 
@@ -123,11 +122,9 @@ def test_a_gradient_in_low_precision_is_near_the_exact_one(case: Case, loss: str
     assert rough_value == pytest.approx(value, rel=5e-3)
     # What is no gradient is untouched, and full precision comes back.
     assert torch.equal(low.forward(factors), problem.forward(factors))
-    again = low.in_full_precision()
-    assert again.low is None
     problem.forget(torch.bfloat16)
     assert set(problem._cache) == {torch.float32}
-    torch.testing.assert_close(again.flat_value_and_gradient(factors, factors.flat())[1], gradient)
+    torch.testing.assert_close(problem.flat_value_and_gradient(factors, factors.flat())[1], gradient)
 
 
 def test_chunks_are_larger_and_minibatches_whole_in_low_precision() -> None:
@@ -166,83 +163,6 @@ def test_low_precision_is_left_out_where_it_cannot_be() -> None:
         problem = float32_problem(Case("self_attention", n=50))
         problem.cache_bytes = numbers
         assert (problem.in_low_precision(torch.bfloat16).low is not None) == there
-
-
-@pytest.mark.parametrize("room", [True, False])
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_solves_that_begin_in_low_precision_end_in_full(
-    case: Case, room: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By differences from an exact evaluation, or, without room for what these keep, by exact ones only."""
-    monkeypatch.setattr(factored, "fits", lambda *args: room)
-    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
-    monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
-    used: list[torch.dtype | None] = []
-    evaluate = Problem.flat_value_and_gradient
-
-    def watched(self: Problem, shapes: Factors, x: torch.Tensor) -> tuple[float, torch.Tensor]:
-        used.append(self.low)
-        return evaluate(self, shapes, x)
-
-    monkeypatch.setattr(Problem, "flat_value_and_gradient", watched)
-    for loss in ("squared", "cross_entropy"):
-        used.clear()
-        problem = float32_problem(replace(case, n=300, loss=loss))
-        found = solver_function("factored")(problem, tol=1e-4)
-        assert used[0] is torch.bfloat16
-        if not room:
-            assert used[-1] is None
-            assert None not in used[: used.index(None)]
-        assert torch.bfloat16 not in problem._cache
-        assert found.converged
-        assert found.certificate.certified
-        monkeypatch.setattr(warmup, "low_precision", lambda device: None)
-        full = solver_function("factored")(problem, tol=1e-4)
-        monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
-        assert found.certificate.primal == pytest.approx(full.certificate.primal, rel=2e-4)
-
-
-def raised_at(monkeypatch: pytest.MonkeyPatch, max_iter: int, **constants: float) -> list[int]:
-    """Iterations after which a solve that begins in low precision leaves it, where only these constants let it."""
-    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
-    monkeypatch.setattr(warmup, "low_precision", lambda device: torch.bfloat16)
-    never = {"LOW_GAP": 0.0, "LOW_FALL": -1.0, "LOW_FAR": 0.0, "LOW_PATIENCE": 100}
-    for name, value in {**never, **constants}.items():
-        monkeypatch.setattr(factored, name, value)
-    raised: list[int] = []
-    original = factored.Factored.raise_precision
-
-    def watched(self: factored.Factored, *args: object) -> object:
-        if self.problem.low is not None:
-            raised.append(self.n_iter)
-        return original(self, *args)
-
-    with monkeypatch.context() as within:
-        within.setattr(factored.Factored, "raise_precision", watched)
-        solver_function("factored")(float32_problem(replace(SOME[0], n=300)), tol=1e-5, max_iter=max_iter)
-    return raised
-
-
-def test_rounding_that_stops_the_line_search_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One iteration with more evaluations than that is enough, however far the gap is."""
-    assert raised_at(monkeypatch, 8) == []
-    assert raised_at(monkeypatch, 8, LOW_PATIENCE=0) == [1]
-
-
-def test_a_gap_that_no_longer_falls_ends_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second check on, and not far from the optimum, where gaps go up and down."""
-    checks: list[int] = []
-    report = factored.Factored.report
-
-    def watched(self: factored.Factored, *args: object) -> None:
-        checks.append(self.n_iter)
-        report(self, *args)
-
-    monkeypatch.setattr(factored.Factored, "report", watched)
-    found = raised_at(monkeypatch, 40, LOW_FAR=1e9, LOW_PROGRESS=0.0, FIRST_CHECK=2)
-    assert found == [checks[1]]
-    monkeypatch.setattr(factored.Factored, "report", report)
-    assert raised_at(monkeypatch, 12, LOW_FAR=0.0, LOW_PROGRESS=0.0) == []
 
 
 @can_be_set

@@ -191,14 +191,6 @@ class Problem:
         other.low = low
         return other
 
-    def in_full_precision(self) -> Problem:
-        """The same program with all products in full precision again."""
-        if self.low is None:
-            return self
-        other = self.in_dtype(self.dtype)
-        other.low = None
-        return other
-
     def low_stats(self, low: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
         """Statistics rounded to ``low`` precision from those in memory; None where there is no room for both."""
         if low not in self._cache:

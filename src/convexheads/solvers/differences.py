@@ -23,7 +23,7 @@ from convexheads.operator import by_feature
 from convexheads.problem import Problem
 from convexheads.types import Factors
 
-FAR = 10.0
+FAR = 4.0
 """Change of the gradient since the reference, over the gradient, from which there is a new one."""
 
 
@@ -68,11 +68,15 @@ class Differences:
         self.exact = self.rough = 0
         self.release()
 
+    def at(self, x: Tensor) -> bool:
+        """Whether ``x`` is the reference."""
+        return not self.stale and torch.equal(self.reference, x)
+
     def release(self) -> None:
         """Free what is kept of the reference; the next evaluation is exact."""
         self.stale = True
         self.features: list[Kept] = []
-        self.outputs = self.residuals = torch.empty(0)
+        self.reference = self.base = self.outputs = self.residuals = torch.empty(0)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[float, Tensor]:

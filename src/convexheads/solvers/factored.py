@@ -60,18 +60,11 @@ SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
 """... with so many singular pairs of a block outside its units, from so many rounds of subspace iteration."""
-LOW_GAP = 0.03
-"""Relative gap from which products in low precision are too coarse, ..."""
-LOW_FALL = 5e-4
-"""... as they are where the objective falls by less than this share in ten iterations ..."""
-LOW_FAR, LOW_PROGRESS = 0.5, 0.8
-"""... or where a gap of that or less is above this share of the one found before, ..."""
-LOW_PATIENCE = 3
-"""... or where an iteration takes more evaluations than that, ..."""
-LOW_NOISE = 2e-5
-"""... because of their noise, as a share of the objective."""
 DIFFERENCE_NOISE = 3e-6
-"""The same of products of differences: a rise by less is accepted where the slope along the step falls."""
+"""Error of an objective by products of differences, as a share of it: a rise by less is accepted where the slope along
+the step falls."""
+STRUGGLE = 3
+"""Evaluations of an iteration above which such products have a new reference."""
 LOW_SEARCH = 2e-3
 """Precision of a relative gap from which singular values may be searched for by products in low precision."""
 STALL_FULL, STALL_IDLE = 1e-2, 2e-4
@@ -402,11 +395,11 @@ class Factored:
         def evaluate(x: Tensor) -> tuple[float, Tensor]:
             return self.problem.flat_value_and_gradient(factors, x)
 
-        noise = LOW_NOISE if self.problem.low is not None else 2e-7 if dtype == torch.float32 else 1e-14
+        noise = 2e-7 if dtype == torch.float32 else 1e-14
         if self.differences is not None:
             self.differences.release()
         self.differences = None
-        if self.problem.low is None and self.low is not None and dtype == torch.float32 and self.fitting(factors):
+        if self.low is not None and dtype == torch.float32 and self.fitting(factors):
             evaluate = self.differences = Differences(self.problem, factors, self.low)
             noise = DIFFERENCE_NOISE
         x = factors.flat()
@@ -432,11 +425,9 @@ class Factored:
         problem = self.problem
         if self.max_rank is not None:
             factors = largest(factors, self.max_rank)
-        rough = lowered(problem, factors)
-        if self.every_worker(rough.low is not None):
-            self.low = rough.low
-        if cold:
-            self.problem = rough
+        low = lowered(problem, factors).low
+        if self.every_worker(low is not None):
+            self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         schedule = Schedule(TARGET * self.tol)
         if cold:
@@ -491,10 +482,6 @@ class Factored:
                         values.clear()
                     if grown or optimiser.inverse is None:
                         built_at = -REBUILD
-                slow = recent_fall(values) <= LOW_FALL * abs(bound.primal)
-                stuck = bound.relative_gap > LOW_PROGRESS * schedule.gap and bound.relative_gap <= LOW_FAR
-                if bound.relative_gap <= LOW_GAP or slow or stuck:
-                    optimiser = self.raise_precision(optimiser, shapes)
                 if grown:
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
@@ -513,15 +500,13 @@ class Factored:
             moved = optimiser.step()
             values.append(optimiser.value)
             self.n_iter += 1
-            if optimiser.n_evaluations - evaluations > LOW_PATIENCE:
-                optimiser = self.raise_precision(optimiser, shapes)
+            if self.differences is not None and (not moved or optimiser.n_evaluations - evaluations > STRUGGLE):
+                # Rounding may be to blame, unless nothing had changed since the reference.
+                if not moved and self.differences.at(optimiser.x):
+                    self.free_low()
+                    self.low = None
+                optimiser, moved = self.renewed(optimiser, shapes), True
             if moved and not self.exhausted(optimiser, bound):
-                continue
-            if self.problem.low is not None:
-                optimiser = self.raise_precision(optimiser, shapes)
-                continue
-            if self.differences is not None:
-                optimiser = self.leave_differences(optimiser, shapes)
                 continue
             stalls, stalled = stalls + 1, True
             schedule.latest, built_at = self.n_iter, -REBUILD
@@ -539,26 +524,13 @@ class Factored:
         bound = self.estimate(last)[0]
         return self.finish(*self.slim(last, bound, max(schedule.target, bound.relative_gap), True), message)
 
-    def raise_precision(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
-        """Go on with all products in the precision of the variables; curvature pairs and preconditioner are kept."""
-        if self.problem.low is None:
-            return optimiser
-        self.problem = self.problem.in_full_precision()
-        return self.replaced(optimiser, shapes)
-
-    def leave_differences(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
-        """Go on with products that are no differences; curvature pairs and preconditioner are kept."""
-        self.free_low()
-        self.low = None
-        return self.replaced(optimiser, shapes)
-
-    def replaced(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
-        """An optimiser that evaluates by what is in force now, with all that this one knows."""
-        finer, _ = self.optimiser(shapes.like(optimiser.x), optimiser.x.dtype)
-        finer.pairs = optimiser.pairs
+    def renewed(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
+        """An optimiser that evaluates anew where this one is, with all that it knows."""
+        fresh, _ = self.optimiser(shapes.like(optimiser.x), optimiser.x.dtype)
+        fresh.pairs = optimiser.pairs
         if optimiser.inverse is not None:
-            finer.set_inverse(optimiser.inverse)
-        return finer
+            fresh.set_inverse(optimiser.inverse)
+        return fresh
 
     def free_low(self) -> None:
         """Free what products in low precision need: if they go on, it is made again."""
