@@ -3,7 +3,7 @@
 Rounding the factors of a product to eight bits spoils it by a share of the product. Near an optimum that share is
 larger than the gradient that is left. But iterates move little there: at a *reference* everything is computed exactly,
 and elsewhere only what has changed since then, so that the share is one of the change. With T linear in u, outputs
-O = T(u) v + b and residuals L, and subscript 0 for the reference,
+O = T(u) v + b, residuals L, gradients dv and du of the loss, and subscript 0 for the reference,
 
     O - O_0     = T(u - u_0) v + T(u_0) (v - v_0) + b - b_0
     dv - dv_0   = T(u - u_0)^T L + T(u_0)^T (L - L_0)
@@ -11,7 +11,8 @@ O = T(u) v + b and residuals L, and subscript 0 for the reference,
 
 Of every product one factor is a difference. Features T(u_0) and residuals L_0 are kept; the first differences of
 outputs and of residuals are sums in float32. A new reference is taken where the gradient has changed by many times what
-is left of it.
+is left of it. The solver asks for one, too, where its line search struggles: an objective by differences is off by a
+share of the change, which may be more than a step gains.
 """
 
 from __future__ import annotations
