@@ -187,6 +187,7 @@ def test_a_line_search_that_struggles_gets_a_new_reference(
     found = solver_function("factored")(problem, tol=1e-3, random_state=1)
     assert found.converged
     assert sum(each.rough for each in everywhere) == 0
+    assert len(everywhere) == 2
 
 
 def test_without_room_for_features_products_are_exact(

@@ -374,11 +374,18 @@ class Problem:
         return self.loss.value(O, *self.targets_of(slice(0, self.n), dtype)) + self.weight_decay(factors)
 
     def chunk_gradient(
-        self, factors: Factors, stats: list[Stats], targets: Tensor, weights: Tensor, gradient: Factors
+        self,
+        factors: Factors,
+        stats: list[Stats],
+        targets: Tensor,
+        weights: Tensor,
+        gradient: Factors,
+        keep: Callable[[list[Tensor], Tensor, Tensor], None] | None = None,
     ) -> float:
         """Add the loss gradient of some samples to ``gradient``; returns their loss.
 
-        ``stats`` are in the precision of the products.
+        ``stats`` are in the precision of the products. ``keep`` is shown the unit features of every component, the
+        outputs and the gradient of the loss with respect to these.
         """
         every = factors.units if self.low is None else [units.to(self.low) for units in factors.units]
         parts = [
@@ -387,6 +394,8 @@ class Problem:
         ]
         O = self.combine(Factors(every, factors.intercept), [T for T, _ in parts], targets.shape[:-1])
         loss, L = self.own_loss.value_and_gradient(O, targets, weights)
+        if keep is not None:
+            keep([T for T, _ in parts], O, L)
         L = L.reshape(-1, self.outputs)
         if gradient.intercept is not None:
             gradient.intercept += L.sum(0)

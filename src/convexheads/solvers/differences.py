@@ -69,10 +69,6 @@ class Differences:
         self.exact = self.rough = 0
         self.release()
 
-    def at(self, x: Tensor) -> bool:
-        """Whether ``x`` is the reference."""
-        return not self.stale and torch.equal(self.reference, x)
-
     def release(self) -> None:
         """Free what is kept of the reference; the next evaluation is exact."""
         self.stale = True
@@ -104,24 +100,15 @@ class Differences:
         self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
         self.residuals = torch.empty_like(self.outputs)
         for index, stats in problem.chunks(x.dtype, max(1, factors.n_units)):
-            targets, weights = problem.targets_of(index, x.dtype)
-            parts = [
-                component.features_and_pullback(each, units)
-                for component, each, units in zip(problem.components, stats, factors.units, strict=True)
-            ]
-            O = problem.combine(factors, [T for T, _ in parts], targets.shape[:-1])
-            loss, L = problem.own_loss.value_and_gradient(O, targets, weights)
-            total += loss
-            if gradient.intercept is not None:
-                gradient.intercept += L.sum(0)
-            for component, units, (T, pull), g in zip(
-                problem.components, factors.units, parts, gradient.units, strict=True
-            ):
-                problem.pull(component, units, T, pull, L, g)
-            kept = kept or [Kept(problem.local, T, self.low) for T, _ in parts]
-            for each, (T, _) in zip(kept, parts, strict=True):
-                each.write(index, T)
-            self.outputs[index], self.residuals[index] = O, L
+
+            def keep(features: list[Tensor], O: Tensor, L: Tensor, index: slice = index) -> None:
+                if not kept:
+                    kept.extend(Kept(problem.local, T, self.low) for T in features)
+                for each, T in zip(kept, features, strict=True):
+                    each.write(index, T)
+                self.outputs[index], self.residuals[index] = O, L
+
+            total += problem.chunk_gradient(factors, stats, *problem.targets_of(index, x.dtype), gradient, keep)
         self.features = kept
         return total, flat
 

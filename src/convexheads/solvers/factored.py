@@ -436,7 +436,7 @@ class Factored:
             schedule.earliest = schedule.latest = max(spacing, min(FIRST_CHECK, PATIENCE * spacing))
         built_at = -REBUILD
         values: list[float] = []
-        stalls, stalled, soft = 0, False, False
+        stalls, stalled, soft, failed = 0, False, False, False
         bound: Certificate | None = None
         message = f"max_iter = {self.max_iter} was reached"
         while True:
@@ -501,11 +501,14 @@ class Factored:
             values.append(optimiser.value)
             self.n_iter += 1
             if self.differences is not None and (not moved or optimiser.n_evaluations - evaluations > STRUGGLE):
-                # Rounding may be to blame, unless nothing had changed since the reference.
-                if not moved and self.differences.at(optimiser.x):
+                # Rounding may be to blame; but not if nothing was found from a new reference either.
+                if not moved and failed:
                     self.free_low()
                     self.low = None
+                failed = not moved
                 optimiser, moved = self.renewed(optimiser, shapes), True
+            else:
+                failed = False
             if moved and not self.exhausted(optimiser, bound):
                 continue
             stalls, stalled = stalls + 1, True
