@@ -213,6 +213,11 @@ def make_setting(*heads: Case, beta: float = 0.1, uniform: bool = False) -> Sett
     return Setting(problem, branches, tokens)
 
 
+def float32_problem(*heads: Case, beta: float = 0.02) -> Problem:
+    """The problem of :func:`make_setting` with iterations in float32."""
+    return make_setting(*heads, beta=beta).problem.in_dtype(torch.float32)
+
+
 def random_units(problem: Problem, count: int = 2, seed: int = 1, scale: float = 0.5) -> Factors:
     """Random units, ``count`` a gate, in the form that the problem works in."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from contract_cases import Case, make_setting, random_units
+from contract_cases import Case, float32_problem, random_units
 from convexheads.problem import Problem
 from convexheads.solvers import differences, factored, solver_function, warmup
 from convexheads.solvers.differences import Differences, fits
@@ -21,9 +21,8 @@ HEADS = [*ONE, (Case("self_attention"), Case("mixer", weight=2.0)), (Case("mixer
 LOSSES = ["squared", "cross_entropy", "multilabel_logistic"]
 
 
-def float32_problem(heads: tuple[Case, ...], loss: str = "cross_entropy", n: int = 200, beta: float = 0.02) -> Problem:
-    setting = make_setting(*(replace(head, n=n, loss=loss) for head in heads), beta=beta)
-    return setting.problem.in_dtype(torch.float32)
+def problem_of(heads: tuple[Case, ...], loss: str = "cross_entropy", n: int = 200, beta: float = 0.02) -> Problem:
+    return float32_problem(*(replace(head, n=n, loss=loss) for head in heads), beta=beta)
 
 
 def start(problem: Problem) -> tuple[Factors, torch.Tensor, torch.Tensor]:
@@ -36,7 +35,7 @@ def start(problem: Problem) -> tuple[Factors, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
 def test_errors_are_a_share_of_the_change(heads: tuple[Case, ...], loss: str) -> None:
-    problem = float32_problem(heads, loss)
+    problem = problem_of(heads, loss)
     shapes, x, move = start(problem)
     evaluate = Differences(problem, shapes, LOW)
     value, gradient = evaluate(x)
@@ -54,7 +53,7 @@ def test_errors_are_a_share_of_the_change(heads: tuple[Case, ...], loss: str) ->
 
 
 def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = float32_problem(ONE[0])
+    problem = problem_of(ONE[0])
     shapes, x, move = start(problem)
     whole = Differences(problem, shapes, LOW)
     whole(x)
@@ -69,7 +68,7 @@ def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_new_reference_where_the_gradient_has_changed_by_far_more_than_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    problem = float32_problem(ONE[0])
+    problem = problem_of(ONE[0])
     shapes, x, move = start(problem)
     evaluate = Differences(problem, shapes, LOW)
     evaluate(x)
@@ -86,7 +85,7 @@ def test_a_new_reference_where_the_gradient_has_changed_by_far_more_than_is_left
 
 
 def test_what_was_freed_is_made_again_or_done_without() -> None:
-    problem = float32_problem(ONE[1])
+    problem = problem_of(ONE[1])
     shapes, x, move = start(problem)
     evaluate = Differences(problem, shapes, LOW)
     evaluate(x)
@@ -110,7 +109,7 @@ def test_what_was_freed_is_made_again_or_done_without() -> None:
 
 
 def test_features_are_only_kept_where_there_is_room() -> None:
-    problem = float32_problem(ONE[0], n=50)
+    problem = problem_of(ONE[0], n=50)
     shapes, _, _ = start(problem)
     numbers = 50 * len(shapes.units[0].v) * problem.components[0].form.value_width
     for room, there in ((2 * numbers, True), (2 * numbers - 1, False)):
@@ -139,7 +138,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Differences]:
 def test_solves_end_where_others_do(
     heads: tuple[Case, ...], loss: str, everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = float32_problem(heads, loss, 300)
+    problem = problem_of(heads, loss, 300)
     found = solver_function("factored")(problem, tol=1e-4)
     assert found.converged
     assert found.certificate.certified
@@ -156,7 +155,7 @@ def test_solves_end_where_others_do(
 
 
 def test_a_tolerance_beyond_float32_is_reached_in_float64(everywhere: list[Differences]) -> None:
-    problem = float32_problem(ONE[0], n=60, beta=0.1)
+    problem = problem_of(ONE[0], n=60, beta=0.1)
     found = solver_function("factored")(problem, tol=1e-9)
     assert everywhere
     assert found.converged
@@ -167,7 +166,7 @@ def test_a_line_search_that_struggles_gets_a_new_reference(
     everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that finds nothing at the reference itself goes on without differences."""
-    problem = float32_problem(ONE[0], n=300)
+    problem = problem_of(ONE[0], n=300)
     first = solver_function("factored")(problem, tol=1e-3, random_state=1)
     usual = len(everywhere)
     everywhere.clear()
@@ -194,13 +193,13 @@ def test_without_room_for_features_products_are_exact(
     everywhere: list[Differences], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factored, "fits", lambda *args: False)
-    problem = float32_problem(ONE[0], n=60)
+    problem = problem_of(ONE[0], n=60)
     assert solver_function("factored")(problem, tol=1e-3).converged
     assert not everywhere
 
 
 def test_a_warm_start_goes_by_differences_at_once(everywhere: list[Differences]) -> None:
-    problem = float32_problem(ONE[0], n=300)
+    problem = problem_of(ONE[0], n=300)
     first = solver_function("factored")(problem, tol=1e-4)
     everywhere.clear()
     again = solver_function("factored")(problem.with_beta(0.5 * problem.beta), tol=1e-4, init=first.factors)
@@ -211,7 +210,7 @@ def test_a_warm_start_goes_by_differences_at_once(everywhere: list[Differences])
 @pytest.mark.parametrize("sides", ["both", "left", "right"])
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
 def test_adjoints_in_low_precision_have_three_digits(heads: tuple[Case, ...], sides: Any) -> None:
-    problem = float32_problem(heads)
+    problem = problem_of(heads)
     units = random_units(problem).to(torch.float32).units
     L = problem.null_gradient().float()
     exact = problem.adjoint(L, units, sides=sides)
@@ -244,7 +243,7 @@ def test_only_rough_looks_search_in_low_precision(
         return original(self, refitted, O, size, *rest)
 
     monkeypatch.setattr(factored.Factored, "measure", watched)
-    problem = float32_problem(ONE[0], n=300)
+    problem = problem_of(ONE[0], n=300)
     found = solver_function("factored")(problem, tol=1e-4)
     assert found.converged
     assert {low for precision, low in asked if precision < factored.LOW_SEARCH} == {False}

@@ -77,6 +77,20 @@ def test_two_workers_end_at_the_objective_of_one(store: Path, tmp_path: Path, be
     assert sorted(file.name for file in tmp_path.glob("two*")) == ["two.json", "two.safetensors"]
 
 
+def by_one_and_two(source: str, store: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    """Certificates of a fit by a script that changes the library first, on one worker and on two."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(source))
+    found = []
+    for workers in (1, 2):
+        out, result = tmp_path / f"{workers}.safetensors", tmp_path / f"{workers}.json"
+        head = ["--head", "self_attention", "--pca", "5", "--beta-ratio", "0.02", "--tol", "1e-6", "--threads", "1"]
+        done = torchrun(workers, str(script), "fit", str(store), "--out", str(out), *head, "--json", str(result))
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(result.read_text())["certificate"])
+    return found
+
+
 SOFT = """
 import sys
 from convexheads.cli import main
@@ -93,15 +107,7 @@ sys.exit(code or (0 if any(used) else 99))
 
 def test_soft_directions_of_two_workers_are_those_of_one(store: Path, tmp_path: Path) -> None:
     """Small problems have no part for them: here they are made to."""
-    script = tmp_path / "soft.py"
-    script.write_text(textwrap.dedent(SOFT))
-    found = []
-    for workers in (1, 2):
-        out, result = tmp_path / f"{workers}.safetensors", tmp_path / f"{workers}.json"
-        head = ["--head", "self_attention", "--pca", "5", "--beta-ratio", "0.02", "--tol", "1e-6", "--threads", "1"]
-        done = torchrun(workers, str(script), "fit", str(store), "--out", str(out), *head, "--json", str(result))
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(result.read_text())["certificate"])
+    found = by_one_and_two(SOFT, store, tmp_path)
     assert found[1]["certified"]
     for number in ("primal", "dual", "beta"):
         assert found[1][number] == pytest.approx(found[0][number], rel=1e-6)
@@ -130,15 +136,7 @@ sys.exit(code or (0 if any(used) else 99))
 
 def test_products_of_differences_on_two_workers_end_where_those_on_one_do(store: Path, tmp_path: Path) -> None:
     """Small problems have none: here they are made to. Rounding differs, so that objectives agree to the gap."""
-    script = tmp_path / "differences.py"
-    script.write_text(textwrap.dedent(DIFFERENCES))
-    found = []
-    for workers in (1, 2):
-        out, result = tmp_path / f"{workers}.safetensors", tmp_path / f"{workers}.json"
-        head = ["--head", "self_attention", "--pca", "5", "--beta-ratio", "0.02", "--tol", "1e-6", "--threads", "1"]
-        done = torchrun(workers, str(script), "fit", str(store), "--out", str(out), *head, "--json", str(result))
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(result.read_text())["certificate"])
+    found = by_one_and_two(DIFFERENCES, store, tmp_path)
     assert found[1]["certified"]
     assert found[1]["primal"] == pytest.approx(found[0]["primal"], rel=1e-6)
 

@@ -17,7 +17,7 @@ from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored, Schedule
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.starts import random_factors, resize, second_guess
-from convexheads.solvers.units import join_units, padding, principal_units, turned, turned_back, turned_rows
+from convexheads.solvers.units import join_units, padding, principal_units, turned, turned_rows
 from convexheads.subspace import BlockSubspace, beta_max
 from convexheads.types import Factors, Units
 
@@ -250,6 +250,29 @@ def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
     assert torch.equal(padding(before, after)(vectors), expected)
 
 
+def transposed(maps: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if rows is None else rows.mT for rows in maps]
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_vectors_are_turned_where_no_unit_is_left(activation: str) -> None:
+    """There and back, as preconditioner and curvature pairs are when all units of a component are dropped."""
+    found = make_setting(Case("mixer", activation, n=10), Case("self_attention", n=10)).problem
+    factors = random_units(found, 3)
+    maps = [torch.zeros(0, len(units.v), dtype=torch.float64) for units in factors.units]
+    smaller = turned(factors, list(maps))
+    assert smaller.n_units == 0
+    assert factors.intercept is not None
+    rows = torch.stack([factors.flat(), 2.0 * factors.flat()])
+    there = turned_rows(rows, factors, list(maps))
+    assert torch.equal(there, torch.stack([factors.intercept, 2.0 * factors.intercept]))
+    back = turned_rows(there, smaller, transposed(list(maps)))
+    size = len(factors.intercept)
+    assert back.shape == rows.shape
+    assert torch.equal(back[:, -size:], there)
+    assert not bool(back[:, :-size].any())
+
+
 @pytest.mark.parametrize("activation", ["linear", "gated_relu"])
 def test_vectors_are_turned_back_by_the_transposed_maps(activation: str) -> None:
     found = make_setting(Case("mixer", activation, n=10), Case("linear", n=10), Case("self_attention", n=10)).problem
@@ -261,7 +284,7 @@ def test_vectors_are_turned_back_by_the_transposed_maps(activation: str) -> None
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, len(factors.flat()), generator=generator, dtype=torch.float64)
     y = torch.randn(2, len(smaller.flat()), generator=generator, dtype=torch.float64)
-    there, back = turned_rows(x, factors, maps), turned_back(y, factors, maps)
+    there, back = turned_rows(x, factors, maps), turned_rows(y, smaller, transposed(maps))
     torch.testing.assert_close(there @ y.mT, x @ back.mT)
     # Orthonormal rows: there and back again is nothing.
     torch.testing.assert_close(turned_rows(back, factors, maps), y)
@@ -295,7 +318,8 @@ def test_a_preconditioner_goes_on_without_the_units_that_were_dropped() -> None:
     matrix = smaller.inverse(each)
     torch.testing.assert_close(matrix, matrix.mT)
     maps = principal_units(found, factors, gradient, factored.TRIMMED * bound.gap, math.inf)
-    torch.testing.assert_close(matrix, turned_rows(turned_back(each, factors, maps) * weights, factors, maps))
+    back = turned_rows(each, shapes, transposed(maps))
+    torch.testing.assert_close(matrix, turned_rows(back * weights, factors, maps))
 
 
 def test_what_is_dropped_costs_no_more_than_ten_iterations_gain() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from contract_cases import SMALL, Case, make_setting, random_units
+import convexheads.problem
+from contract_cases import SMALL, Case, float32_problem, random_units
 from convexheads import memory, products
 from convexheads.problem import Problem, take_rows
 from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
@@ -86,10 +87,6 @@ def test_a_machine_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     exact_through_onednn.cache_clear()
 
 
-def float32_problem(case: Case, beta: float = 0.02) -> Problem:
-    return make_setting(case, beta=beta).problem.in_dtype(torch.float32)
-
-
 SOME = [
     case for case in SMALL if case.head in ("self_attention", "mixer") and case.pooled and case.activation == "linear"
 ]
@@ -127,14 +124,15 @@ def test_a_gradient_in_low_precision_is_near_the_exact_one(case: Case, loss: str
     torch.testing.assert_close(problem.flat_value_and_gradient(factors, factors.flat())[1], gradient)
 
 
-def test_chunks_are_larger_and_minibatches_whole_in_low_precision() -> None:
+def test_chunks_are_larger_and_minibatches_whole_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = float32_problem(replace(SOME[0], n=200))
     low = problem.in_low_precision(torch.bfloat16)
     assert low.low is torch.bfloat16
-    assert low.pass_rows(torch.bfloat16, 3) > 2 * problem.pass_rows(torch.float32, 3)
+    assert low.pass_rows(torch.bfloat16, 3) == int(2.5 * problem.pass_rows(torch.float32, 3))
     factors = random_units(problem).to(torch.float32)
     parts: list[int] = []
     low.chunk_gradient = lambda *args: parts.append(len(args[2])) or 0.0  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(convexheads.problem, "LEAST_LOW_ROWS", 1)
     low.chunk_rows = lambda *args, **kwargs: 2  # type: ignore[method-assign]
     list(warmup.minibatches(low, factors, 4, torch.Generator().manual_seed(0)))
     whole, left = divmod(problem.n, 4)

@@ -156,6 +156,11 @@ class Problem:
     def outputs(self) -> int:
         return self.targets.shape[-1]
 
+    @property
+    def wide_products(self) -> bool:
+        """Whether evaluations are large products throughout, and memory for them is not limited."""
+        return self.budget.limit is None and all(c.form.products_only for c in self.components)
+
     def with_beta(self, beta: float) -> Problem:
         """The same program at another beta, sharing tokens and cached statistics."""
         other = object.__new__(Problem)
@@ -183,7 +188,7 @@ class Problem:
         its statistics in low precision as well.
         """
         whole = None
-        if low is not None and self.budget.limit is None and all(c.form.products_only for c in self.components):
+        if low is not None and self.wide_products:
             whole = self.low_stats(low)
         if whole is None:
             return self
@@ -295,7 +300,7 @@ class Problem:
         rows = self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None)
         low = dtype.itemsize < 4
         least = 0
-        if self.budget.limit is None and all(c.form.products_only for c in self.components):
+        if self.wide_products:
             least = LEAST_LOW_ROWS if low else LEAST_ROWS
         return max(int(LOW_ROWS * rows) if low else rows, least)
 
@@ -401,11 +406,11 @@ class Problem:
             gradient.intercept += L.sum(0)
         L = L if self.low is None else L.to(self.low)
         for component, units, (T, pull), g in zip(self.components, every, parts, gradient.units, strict=True):
-            self.pull(component, units, T, pull, L, g)
+            self._pull(component, units, T, pull, L, g)
         return loss
 
     @staticmethod
-    def pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
+    def _pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
         """Add the adjoint of one component at L, applied to both factors of its units."""
         part = L[:, component.outputs]
         into.v += component.adjoint_v(T, part)
@@ -571,7 +576,7 @@ class Problem:
                     into.v += component.adjoint_v(component.features(stat, each), rows[:, component.outputs])
                     continue
                 if sides == "both":
-                    self.pull(component, each, *component.features_and_pullback(stat, each), rows, into)
+                    self._pull(component, each, *component.features_and_pullback(stat, each), rows, into)
                 elif into.u is not None:
                     into.u += component.adjoint_u(stat, each, rows[:, component.outputs])
         return self._summed_units(found)

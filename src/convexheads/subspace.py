@@ -75,10 +75,10 @@ class BlockSubspace:
             search.start(self.top.get(search.key), self.generator, L)
         previous, best, ridge = 0.0, 0.0, 0.0
         for step in range(rounds):
-            applied, ridge = self._apply(searches, L, ridge, True, step == 0, low)
+            applied, ridge = self._apply(searches, L, ridge, low, left=True, with_ridge=step == 0)
             for search, image in zip(searches, applied, strict=True):
                 search.extend_left(image)
-            applied, _ = self._apply(searches, L, ridge, False, False, low)
+            applied, _ = self._apply(searches, L, ridge, low, left=False, with_ridge=False)
             for search, image in zip(searches, applied, strict=True):
                 search.extend_right(image)
             best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
@@ -143,9 +143,9 @@ class BlockSubspace:
         searches: list[_BlockSearch],
         L: Tensor,
         ridge: float,
+        low: torch.dtype | None,
         left: bool,
         with_ridge: bool,
-        low: torch.dtype | None,
     ) -> tuple[list[Tensor], float]:
         """Gamma v (left) or Gamma^T u of every search's newest vectors, in one pass over the samples."""
         problem, dtype = self.problem, L.dtype

@@ -40,7 +40,6 @@ from convexheads.solvers.units import (
     principal_units,
     spanned,
     turned,
-    turned_back,
     turned_rows,
     unit_sizes,
 )
@@ -503,8 +502,7 @@ class Factored:
             if self.differences is not None and (not moved or optimiser.n_evaluations - evaluations > STRUGGLE):
                 # Rounding may be to blame; but not if nothing was found from a new reference either.
                 if not moved and failed:
-                    self.free_low()
-                    self.low = None
+                    self.leave_low()
                 failed = not moved
                 optimiser, moved = self.renewed(optimiser, shapes), True
             else:
@@ -515,8 +513,7 @@ class Factored:
             schedule.latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
-                self.free_low()
-                self.low = None
+                self.leave_low()
                 self.problem = self.problem.in_dtype(torch.float64)
                 self.subspace.problem = self.beyond.problem = self.problem
                 optimiser, shapes = self.optimiser(shapes.like(optimiser.x), torch.float64)
@@ -541,6 +538,11 @@ class Factored:
             self.differences.release()
         if self.low is not None:
             self.problem.forget(self.low)
+
+    def leave_low(self) -> None:
+        """Take products in low precision no more."""
+        self.free_low()
+        self.low = None
 
     def every_worker(self, here: bool) -> bool:
         """Whether something holds for every worker."""
@@ -681,7 +683,8 @@ class Factored:
             smaller.pairs = optimiser.pairs.mapped(lambda vectors: turned_rows(vectors, factors, maps))
         inverse = optimiser.inverse
         if inverse is not None:
-            smaller.set_inverse(lambda rows: turned_rows(inverse(turned_back(rows, factors, maps)), factors, maps))
+            back = [None if own is None else own.mT for own in maps]
+            smaller.set_inverse(lambda rows: turned_rows(inverse(turned_rows(rows, shapes, back)), factors, maps))
         return smaller, shapes
 
     def finish(self, factors: Factors, bound: Certificate, message: str) -> Solution:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from math import prod
 
 import torch
 from torch import Tensor
@@ -133,27 +132,20 @@ def turned(factors: Factors, maps: list[Tensor | None]) -> Factors:
 
 
 def turned_rows(vectors: Tensor, factors: Factors, maps: list[Tensor | None]) -> Tensor:
-    """Each row of ``vectors`` (r, number of variables), of the shape of ``factors``, under the same maps."""
+    """Each row of ``vectors`` (r, number of variables), of the shape of ``factors``, under the same maps.
+
+    With the turned factors and the transposed maps it takes them back: to what is orthogonal to the units dropped.
+    """
     found = []
     start = 0
     for units, rows in zip(factors.units, maps, strict=True):
         for t in units.tensors():
             part = vectors[:, start : start + t.numel()]
             start += t.numel()
-            found.append(part if rows is None else (rows @ part.view(len(vectors), len(t), -1)).flatten(1))
-    return torch.cat([*found, vectors[:, start:]], 1)
-
-
-def turned_back(vectors: Tensor, factors: Factors, maps: list[Tensor | None]) -> Tensor:
-    """The transposed maps: rows of the shape of the turned factors -> rows (r, number of variables) of ``factors``."""
-    found = []
-    start = 0
-    for units, rows in zip(factors.units, maps, strict=True):
-        for t in units.tensors():
-            size = (len(t) if rows is None else len(rows)) * prod(t.shape[1:])
-            part = vectors[:, start : start + size]
-            start += size
-            found.append(part if rows is None else (rows.mT @ part.view(len(vectors), len(rows), -1)).flatten(1))
+            if rows is not None:
+                # Sizes in full: there may be no units.
+                part = (rows @ part.view(len(vectors), len(t), math.prod(t.shape[1:]))).flatten(1)
+            found.append(part)
     return torch.cat([*found, vectors[:, start:]], 1)
 
 
