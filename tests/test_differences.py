@@ -12,6 +12,7 @@ from contract_cases import Case, float32_problem, random_units
 from convexheads.problem import Problem
 from convexheads.solvers import differences, factored, solver_function, warmup
 from convexheads.solvers.differences import Differences, fits
+from convexheads.solvers.units import join_units, placements
 from convexheads.subspace import BlockSubspace
 from convexheads.types import Factors
 
@@ -50,6 +51,33 @@ def test_errors_are_a_share_of_the_change(heads: tuple[Case, ...], loss: str) ->
         assert 0 < float((gradient - there).norm()) < 0.01 * float((there - exact).norm())
         assert value == pytest.approx(there_value, abs=0.005 * size * float(exact.norm() * move.norm()))
     assert evaluate.rough == 3
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+def test_more_units_are_zero_at_the_reference(heads: tuple[Case, ...]) -> None:
+    """A reference serves units that came later: no exact evaluation, and errors are a share of the change from it."""
+    problem = problem_of(heads)
+    shapes, x, move = start(problem)
+    evaluate = Differences(problem, shapes, LOW)
+    evaluate(x)
+    more = random_units(problem, 2, seed=4).to(torch.float32)
+    joined = [join_units(old, new) for old, new in zip(shapes.units, more.units, strict=True)]
+    larger = Factors(joined, shapes.intercept)
+    old, _ = placements(shapes, larger)
+    evaluate.extend(old, larger)
+    evaluate.stale = False
+    base = old.put(x[None])[0]
+    value, there = evaluate(base)
+    exact_value, exact = problem.flat_value_and_gradient(larger, base)
+    assert value == pytest.approx(exact_value, rel=1e-6)
+    torch.testing.assert_close(there, exact, rtol=1e-4, atol=1e-5 * float(exact.norm()))
+    for size in (0.1, 0.01):
+        evaluate.stale = False
+        y = base + size * (larger.flat() - base) + old.put(size * move[None])[0]
+        _, there = evaluate(y)
+        _, expected = problem.flat_value_and_gradient(larger, y)
+        assert 0 < float((there - expected).norm()) < 0.01 * float((expected - exact).norm())
+    assert evaluate.exact == 1
 
 
 def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

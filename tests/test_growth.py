@@ -12,12 +12,13 @@ from contract_cases import Case, make_setting, random_units
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError
 from convexheads.problem import Problem
-from convexheads.solvers import factored, starts
+from convexheads.solvers import factored, preconditioner, starts
 from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored, Schedule
 from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import random_factors, resize, second_guess
-from convexheads.solvers.units import join_units, padding, principal_units, turned, turned_rows
+from convexheads.solvers.units import join_units, placements, principal_units, turned, turned_rows
 from convexheads.subspace import BlockSubspace, beta_max
 from convexheads.types import Factors, Units
 
@@ -54,8 +55,7 @@ def test_growth_adds_many_units_at_once_where_many_are_missing() -> None:
     found = problem(0.05)
     state = solver(found)
     start = random_factors(found, [24], state.generator, torch.float64)
-    bound, pairs = state.estimate(start)
-    grown = state.widen(start, bound, pairs)
+    grown = state.widen(start, state.look(start, Schedule(target=1e-3, gap=1e-2)))
     assert grown is not None
     added = grown.n_units - start.n_units
     assert PAIRS < added <= state.room(start) == 12
@@ -229,25 +229,89 @@ def test_rough_estimates_are_those_of_float64(loss: str, monkeypatch: pytest.Mon
     assert rough.relative_gap == pytest.approx(exact.relative_gap, rel=1e-3)
 
 
-@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
-def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
-    """Where new units are zero, the variables of all of them are those of the old ones, padded."""
-    found = make_setting(Case("mixer", activation, n=10), Case("linear", n=10), Case("self_attention", n=10)).problem
-    before = random_units(found)
+def with_more(factors: Factors, size: float) -> Factors:
+    """Three more units of every component, random ones of this size: one of the first gate, two of the last."""
+    generator = torch.Generator().manual_seed(5)
     units = []
-    for old in before.units:
+    for old in factors.units:
         if old.u is None:
             units.append(old)
             continue
-        # One more of the first gate, two of the last.
         gate = None if old.gate is None else torch.tensor([0, int(old.gate[-1]), int(old.gate[-1])])
-        more = Units(torch.zeros(3, *old.u.shape[1:]).double(), torch.zeros(3, *old.v.shape[1:]).double(), gate)
-        units.append(join_units(old, more))
-    after = Factors(units, before.intercept)
+        u, v = (size * torch.randn(3, *t.shape[1:], generator=generator, dtype=t.dtype) for t in old.tensors())
+        units.append(join_units(old, Units(u, v, gate)))
+    return Factors(units, factors.intercept)
+
+
+def three_branches(activation: str) -> Problem:
+    return make_setting(Case("mixer", activation, n=10), Case("linear", n=10), Case("self_attention", n=10)).problem
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_vectors_of_fewer_units_are_padded(activation: str) -> None:
+    """Where new units are zero, the variables of all of them are those of the old ones, padded."""
+    before = random_units(three_branches(activation))
+    after = with_more(before, 0.0)
     assert len(after.flat()) > len(before.flat())
     vectors = torch.stack([before.flat(), -2.0 * before.flat()])
     expected = torch.stack([after.flat(), -2.0 * after.flat()])
-    assert torch.equal(padding(before, after)(vectors), expected)
+    assert torch.equal(placements(before, after)[0].put(vectors), expected)
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_old_and_new_units_make_up_all(activation: str) -> None:
+    before = random_units(three_branches(activation))
+    after = with_more(before, 1.0)
+    old, new = placements(before, after)
+    x = torch.stack([after.flat(), torch.arange(len(after.flat())).double()])
+    assert torch.equal(old.take(x)[0], before.flat())
+    assert torch.equal(new.take(x)[0], new.part.flat())
+    assert new.part.n_units == after.n_units - before.n_units
+    # The intercept is with both of them.
+    assert after.intercept is not None
+    size = len(after.intercept)
+    whole = old.put(old.take(x)) + new.put(new.take(x))
+    assert torch.equal(whole[:, :-size], x[:, :-size])
+    assert torch.equal(whole[:, -size:], 2.0 * x[:, -size:])
+    for placement in (old, new):
+        y = torch.arange(len(placement.part.flat())).double()[None]
+        torch.testing.assert_close(placement.put(y) @ x.mT, y @ placement.take(x).mT)
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
+def test_a_preconditioner_goes_on_with_more_units(activation: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units that are there already keep theirs, and new ones get what they would have next to these, uncoupled."""
+    monkeypatch.setattr(preconditioner, "FEW_ROWS", few)
+    found = three_branches(activation)
+    state = solver(found)
+    before = random_units(found)
+    after = with_more(before, 0.5)
+    optimiser, _ = state.optimiser(before, torch.float64)
+    known = state.preconditioner(before, None)
+    optimiser.set_inverse(known.apply)
+    larger, shapes = state.enlarge(optimiser, before, after, found.forward(after))
+    assert larger.inverse is not None
+    assert shapes.n_units == after.n_units
+    each = torch.eye(len(after.flat()), dtype=torch.float64)
+    matrix = larger.inverse(each)
+    torch.testing.assert_close(matrix, matrix.mT, rtol=1e-8, atol=1e-8 * float(matrix.abs().max()))
+    # Softmax does not see a common shift of the intercept; there is none of a squared loss.
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+    old, new = placements(before, after)
+    assert after.intercept is not None
+    size = len(after.intercept)
+    held = old.take(old.take(matrix).mT).mT[:-size, :-size]
+    kept = known.apply(torch.eye(len(before.flat()), dtype=torch.float64))[:-size, :-size]
+    torch.testing.assert_close(held, kept)
+    # Features of a component do not depend on its other units, nor does the curvature of a squared loss.
+    alone = Preconditioner(found, new.part, torch.Generator().manual_seed(0), outputs=found.forward(after))
+    own = alone.apply(torch.eye(len(new.part.flat()), dtype=torch.float64))[:-size, :-size]
+    fresh = new.take(new.take(matrix).mT).mT[:-size, :-size]
+    assert float((fresh - own).norm()) < 0.5 * float(own.norm())
+    # Old and new ones are coupled by the intercept alone.
+    between = old.take(new.take(matrix).mT).mT[:-size, :-size]
+    assert not bool(between.any())
 
 
 def transposed(maps: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -403,7 +467,7 @@ def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -
     state = Factored(found, 1e-3, 100, None, 0, None)
     factors = random_units(found)
     # Gaps before call for a precision of 1e-3 and of 1e-1.
-    assert state.look(factors, Schedule(target=1.0, gap=1e-3))[2]
-    assert not state.look(factors, Schedule(target=1.0, gap=1.0))[2]
+    assert state.look(factors, Schedule(target=1.0, gap=1e-3)).sure
+    assert not state.look(factors, Schedule(target=1.0, gap=1.0)).sure
     monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
-    assert not state.look(factors, Schedule(target=1.0, gap=1e-3))[2]
+    assert not state.look(factors, Schedule(target=1.0, gap=1e-3)).sure

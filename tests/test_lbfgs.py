@@ -168,7 +168,7 @@ def test_step_sizes_of_pairs_that_are_copies() -> None:
     state = Factored(problem, 1e-3, 10, None, 0, None)
     u, v = torch.ones(4) / 2.0, torch.ones(2) / 2.0**0.5
     pairs = [SingularPair(0, None, 0.5, u * (1 + 1e-8 * k), v) for k in range(12)]
-    sizes = state._step_sizes(factors, pairs)
+    sizes = state._step_sizes(pairs, problem.forward(factors))
     assert len(sizes) == 12
     assert min(sizes) >= 0.0
     assert all(size == size for size in sizes)

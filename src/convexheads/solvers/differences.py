@@ -22,6 +22,7 @@ from torch import Tensor
 
 from convexheads.operator import by_feature
 from convexheads.problem import Problem
+from convexheads.solvers.units import Placement
 from convexheads.types import Factors
 
 FAR = 4.0
@@ -41,6 +42,11 @@ class Kept:
         self.transposed = by_feature(like)
         like = like.mT if self.transposed else like
         self.rows = torch.empty(n, *like.shape[1:], dtype=low, device=like.device)
+
+    @property
+    def units(self) -> int:
+        """How many units there are features of: units that have come since then follow these, and were zero."""
+        return self.rows.shape[2 if self.transposed else 1]
 
     def write(self, index: slice, T: Tensor) -> None:
         self.rows[index] = T.mT if self.transposed else T
@@ -67,7 +73,16 @@ class Differences:
     def __init__(self, problem: Problem, shapes: Factors, low: torch.dtype) -> None:
         self.problem, self.shapes, self.low = problem, shapes, low
         self.exact = self.rough = 0
+        self.reference: Tensor
+        self.base: Tensor
         self.release()
+
+    def extend(self, placement: Placement, shapes: Factors) -> None:
+        """Go on with more units, of which ``placement`` has the old ones: at the reference the new ones are zero."""
+        self.shapes = shapes
+        if not self.stale:
+            self.reference = placement.put(self.reference[None])[0]
+            self.base = placement.put(self.base[None])[0]
 
     def release(self) -> None:
         """Free what is kept of the reference; the next evaluation is exact."""
@@ -130,7 +145,7 @@ class Differences:
                 T_0 = kept.read(index)
                 if step.u is not None:
                     O[:, component.outputs] += component.forward(T, v)
-                O[:, component.outputs] += component.forward(T_0, step.v)
+                O[:, component.outputs] += component.forward(T_0, step.v[: kept.units])
                 parts.append((T, pull, T_0))
             if moved.intercept is not None:
                 O += moved.intercept
@@ -144,7 +159,8 @@ class Differences:
                 problem.components, steps, values, parts, change.units, strict=True
             ):
                 own = component.outputs
-                g.v += component.adjoint_v(T_0, moves[:, own])
+                held = T_0.shape[1]
+                g.v[:held] += component.adjoint_v(T_0, moves[:, own])
                 if pull is None or g.u is None:
                     continue
                 g.v += component.adjoint_v(T, L[:, own])

@@ -33,10 +33,11 @@ from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
 from convexheads.solvers.units import (
+    Placement,
     canonical,
     join_units,
     largest,
-    padding,
+    placements,
     principal_units,
     spanned,
     turned,
@@ -53,6 +54,8 @@ NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 NEAR = 0.1
 """Relative gap from which the preconditioner has a part of its own for soft directions, ..."""
+SOON = 0.3
+"""... or where a new preconditioner is due, and the gap is no larger than this, ..."""
 SETTLING = 3e-3
 """... or decrease of the objective in ten iterations, as a share of it: the gap may wait for them; if worth it ..."""
 SOFT_WORK = 7e9
@@ -170,6 +173,16 @@ class Schedule:
         self.target = max(0.2 * self.target, 0.9 * min(self.target, estimated, tol * short))
 
 
+@dataclass
+class Look:
+    """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs."""
+
+    bound: Certificate
+    pairs: list[SingularPair]
+    sure: bool
+    outputs: Tensor
+
+
 class Factored:
     """State of one solve."""
 
@@ -257,11 +270,13 @@ class Factored:
         )
         return bound(sigma, ridge), pairs
 
-    def look(self, factors: Factors, schedule: Schedule) -> tuple[Certificate, list[SingularPair], bool]:
-        """An estimate as precise as the gap of the moment asks for, and whether a closer one would find the same."""
+    def look(self, factors: Factors, schedule: Schedule) -> Look:
+        """An estimate as precise as the gap of the moment asks for."""
         rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
-        bound, pairs = self.estimate(factors, precision=rough, low=self.low if rough >= LOW_SEARCH else None)
-        return bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS)
+        refitted, O = self.refit(factors, self.exact_dtype(rough))
+        low = self.low if rough >= LOW_SEARCH else None
+        bound, pairs = self.measure(refitted, O, PAIRS, rough, CONVERGED, math.inf, low)
+        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -301,16 +316,16 @@ class Factored:
 
     # Units ------------------------------------------------------------------------------------------------
 
-    def add_units(self, factors: Factors, pairs: list[SingularPair]) -> Factors:
+    def add_units(self, factors: Factors, pairs: list[SingularPair], O: Tensor) -> Factors:
         """Append singular pairs above beta as units, at the sizes that a quadratic model gives them together.
 
         Left to the factored objective alone, a unit near zero grows by a factor sigma / beta an iteration only. The
         model is min over t >= 0 of sum_i (beta w - sigma_i) t_i + (1/2) t^T Q t with Q the loss curvature between
-        the pairs' outputs.
+        the pairs' outputs, at the outputs ``O`` of the head.
         """
         problem = self.problem
         dtype = factors.tensors()[0].dtype
-        sizes = self._step_sizes(factors, pairs)
+        sizes = self._step_sizes(pairs, O.to(dtype))
         units = []
         for k, (component, old) in enumerate(zip(problem.components, factors.units, strict=True)):
             own = [(pair, size) for pair, size in zip(pairs, sizes, strict=True) if pair.component == k and size > 0]
@@ -328,10 +343,8 @@ class Factored:
             units.append(join_units(old, Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape_v), gate)))
         return Factors(units, factors.intercept)
 
-    def _step_sizes(self, factors: Factors, pairs: list[SingularPair]) -> list[float]:
-        problem = self.problem
-        dtype = factors.tensors()[0].dtype
-        O = problem.forward(factors, dtype)
+    def _step_sizes(self, pairs: list[SingularPair], O: Tensor) -> list[float]:
+        problem, dtype = self.problem, O.dtype
         Q = torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=problem.device)
         # A pair takes its features and a copy of the outputs.
         width = math.ceil(problem.outputs / min(c.form.workspace for c in problem.components))
@@ -364,12 +377,14 @@ class Factored:
         O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
-    def worth_softening(self, factors: Factors, bound: Certificate | None, fall: float) -> bool:
+    def worth_softening(self, factors: Factors, bound: Certificate | None, fall: float, due: bool) -> bool:
         """Whether soft directions get a part of their own: near an optimum, and where iterations are expensive.
 
-        ``fall`` is the decrease of the objective in the last ten iterations.
+        ``fall`` is the decrease of the objective in the last ten iterations. Where a preconditioner is ``due`` in any
+        case, it may have one earlier.
         """
-        if bound is None or (bound.relative_gap > NEAR and fall > SETTLING * abs(bound.primal)):
+        near = SOON if due else NEAR
+        if bound is None or (bound.relative_gap > near and fall > SETTLING * abs(bound.primal)):
             return False
         return self.problem.n * self.problem.gradient_work(factors) >= SOFT_WORK
 
@@ -388,19 +403,29 @@ class Factored:
 
     # The solve --------------------------------------------------------------------------------------------
 
-    def optimiser(self, factors: Factors, dtype: torch.dtype) -> tuple[LBFGS, Factors]:
+    def optimiser(
+        self, factors: Factors, dtype: torch.dtype, placement: Placement | None = None
+    ) -> tuple[LBFGS, Factors]:
+        """An optimiser that starts from ``factors``, and their shapes.
+
+        ``placement`` has the units that the last one had among them: then its reference is kept.
+        """
         factors = factors.to(dtype)
 
         def evaluate(x: Tensor) -> tuple[float, Tensor]:
             return self.problem.flat_value_and_gradient(factors, x)
 
         noise = 2e-7 if dtype == torch.float32 else 1e-14
-        if self.differences is not None:
-            self.differences.release()
-        self.differences = None
+        known, self.differences = self.differences, None
         if self.low is not None and dtype == torch.float32 and self.fitting(factors):
-            evaluate = self.differences = Differences(self.problem, factors, self.low)
-            noise = DIFFERENCE_NOISE
+            if known is None or placement is None:
+                self.differences = Differences(self.problem, factors, self.low)
+            else:
+                known.extend(placement, factors)
+                self.differences, known = known, None
+            evaluate, noise = self.differences, DIFFERENCE_NOISE
+        if known is not None:
+            known.release()
         x = factors.flat()
         return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
 
@@ -450,14 +475,14 @@ class Factored:
                 due = schedule.due(self.n_iter, float(gradient.norm()), LIKELY)
             if due:
                 current = shapes.like(x)
-                pairs: list[SingularPair] = []
-                sure = True
+                seen: Look | None = None
                 if not self.ridge_only:
-                    bound, pairs, sure = self.look(current, schedule)
+                    seen = self.look(current, schedule)
+                    bound = seen.bound
                 assert bound is not None
                 self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
-                    slim, bound = self.slim(current, bound, schedule.target, sure)
+                    slim, bound = self.slim(current, bound, schedule.target, seen is None or seen.sure)
                     if bound.relative_gap <= SLACK * schedule.target:
                         solution = self.finish(slim, bound, "the relative gap reached tol")
                         if solution.converged:
@@ -465,32 +490,27 @@ class Factored:
                         schedule.ask_for_more(self.tol, bound.relative_gap, solution.certificate.relative_gap)
                 # A warm start of another beta lacks the units that this beta calls for.
                 missing = warm and self.n_iter == 0
-                changed = self.adapt(
-                    optimiser,
-                    current,
-                    shapes.like(gradient),
-                    bound,
-                    pairs,
-                    0.0 if stalled else recent_fall(values),
-                    missing,
-                )
-                stalled, grown = False, False
-                if changed is not None:
-                    (optimiser, shapes), grown = changed
-                    if grown:
-                        values.clear()
-                    if grown or optimiser.inverse is None:
-                        built_at = -REBUILD
+                grown = False
+                if seen is not None:
+                    fall = 0.0 if stalled else recent_fall(values)
+                    # What has been proved since is the better bound.
+                    seen.bound = bound
+                    optimiser, shapes, grown = self.adapt(
+                        optimiser, shapes, current, shapes.like(gradient), seen, fall, missing
+                    )
+                stalled = False
                 if grown:
+                    values.clear()
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            if not soft and self.worth_softening(shapes, bound, recent_fall(values)):
-                soft, built_at = True, -REBUILD
-            if self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD):
+            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD)
+            if not soft and self.worth_softening(shapes, bound, recent_fall(values), due):
+                soft = due = True
+            if due:
                 optimiser.inverse = None  # its memory goes first
                 gap = bound.relative_gap if bound is not None and soft else None
                 optimiser.set_inverse(self.preconditioner(shapes.like(optimiser.x), gap).apply)
@@ -556,32 +576,32 @@ class Factored:
     def adapt(
         self,
         optimiser: LBFGS,
+        shapes: Factors,
         factors: Factors,
         gradient: Factors,
-        bound: Certificate,
-        pairs: list[SingularPair],
+        seen: Look,
         fall: float,
         missing: bool,
-    ) -> tuple[tuple[LBFGS, Factors], bool] | None:
-        """An optimiser for more or fewer units, and whether there are more; None where all is well.
+    ) -> tuple[LBFGS, Factors, bool]:
+        """An optimiser for as many units as are called for, with their shapes, and whether there are more.
 
         ``fall`` is the decrease of the objective in the last ten iterations; ``missing`` says that units are known to
         be.
         """
-        smaller = grown = None
-        if pairs and (missing or fall < self.stall(factors, bound)):
-            grown = self.grow(factors, bound)
-        elif fall < SETTLED * bound.gap:
-            smaller = self.trim(optimiser, factors, gradient, bound, fall)
+        grown = None
+        if seen.pairs and (missing or fall < self.stall(factors, seen.bound)):
+            grown = self.grow(factors, seen)
+        elif fall < SETTLED * seen.bound.gap:
+            smaller = self.trim(optimiser, factors, gradient, seen.bound, fall)
             if smaller is not None:
                 optimiser, shapes = smaller
                 factors = shapes.like(optimiser.x)
-            grown = self.widen(factors, bound, pairs)
-        if grown is not None:
-            # What was dropped may have come back: no more than once.
-            self.trusting = self.trusting and not self.trimmed
-            return self.enlarge(optimiser, factors, grown), True
-        return None if smaller is None else (smaller, False)
+            grown = self.widen(factors, seen)
+        if grown is None:
+            return optimiser, shapes, False
+        # What was dropped may have come back: no more than once.
+        self.trusting = self.trusting and not self.trimmed
+        return *self.enlarge(optimiser, factors, grown, seen.outputs), True
 
     def spacing(self, factors: Factors) -> int:
         """Iterations until the next check at the earliest, so that they cost as much as it does.
@@ -624,11 +644,11 @@ class Factored:
             ),
         )
 
-    def grow(self, factors: Factors, bound: Certificate) -> Factors | None:
+    def grow(self, factors: Factors, seen: Look) -> Factors | None:
         """More units, up to half as many again, along the singular vectors that lie above beta."""
         room = LARGEST_GROWTH
         if self.max_rank is not None:
-            factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * bound.primal)
+            factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * seen.bound.primal)
             room = min(room, self.max_rank - factors.n_units)
         _, pairs = self.estimate(factors, size=self.room(factors))
         # Pairs that are hardly above beta cost units and close nothing.
@@ -636,29 +656,39 @@ class Factored:
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
         wanted = [p for p in wanted if not self.full(factors, p)]
         wanted = sorted(wanted, key=lambda pair: -pair.sigma)[: max(0, room)]
-        return self.add_units(factors, wanted) if wanted else None
+        return self.add_units(factors, wanted, seen.outputs) if wanted else None
 
-    def widen(self, factors: Factors, bound: Certificate, pairs: list[SingularPair]) -> Factors | None:
+    def widen(self, factors: Factors, seen: Look) -> Factors | None:
         """More units along those pairs above beta that the units in use do not span.
 
         They would grow from next to nothing, and until then keep the gap open however good the objective is.
         """
-        used, _ = canonical(self.problem, factors, IDLE * bound.gap)
-        outside = [p for p in pairs if not self.full(factors, p) and spanned(used, p) < SPANNED]
+        used, _ = canonical(self.problem, factors, IDLE * seen.bound.gap)
+        outside = [p for p in seen.pairs if not self.full(factors, p) and spanned(used, p) < SPANNED]
         outside.sort(key=lambda pair: -pair.sigma)
         room = self.room(factors)
         blocks = [(pair.component, pair.gate) for pair in outside]
         outside = [pair for i, pair in enumerate(outside) if blocks[:i].count(blocks[i]) < room]
         if self.max_rank is not None:
             outside = outside[: max(0, self.max_rank - factors.n_units)]
-        return self.add_units(factors, outside) if outside else None
+        return self.add_units(factors, outside, seen.outputs) if outside else None
 
-    def enlarge(self, old: LBFGS, before: Factors, after: Factors) -> tuple[LBFGS, Factors]:
-        """An optimiser for more units that keeps the curvature pairs of the old ones."""
-        optimiser, shapes = self.optimiser(after, old.x.dtype)
+    def enlarge(self, old: LBFGS, before: Factors, after: Factors, O: Tensor) -> tuple[LBFGS, Factors]:
+        """An optimiser for more units, that keeps what is known of the old ones: pairs, preconditioner, reference.
+
+        New units have a preconditioner of their own, at the outputs ``O`` of the head.
+        """
         kept = [len(new.v) >= len(was.v) for new, was in zip(after.units, before.units, strict=True)]
-        if all(kept) and self.max_rank is None and len(old.pairs):
-            optimiser.pairs = old.pairs.mapped(padding(before, after))
+        if not all(kept) or self.max_rank is not None:
+            return self.optimiser(after, old.x.dtype)
+        there, new = placements(before, after)
+        optimiser, shapes = self.optimiser(after, old.x.dtype, there)
+        if len(old.pairs):
+            optimiser.pairs = old.pairs.mapped(there.put)
+        inverse = old.inverse
+        if inverse is not None:
+            fresh = Preconditioner(self.problem, new.part.to(old.x.dtype), self.generator, outputs=O).apply
+            optimiser.set_inverse(lambda rows: there.put(inverse(there.take(rows))) + new.put(fresh(new.take(rows))))
         return optimiser, shapes
 
     def trim(

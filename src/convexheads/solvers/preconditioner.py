@@ -71,7 +71,9 @@ def feature_groups(problem: Problem, units: Units) -> list[int]:
     """Groups of whole units whose stacked features stay small enough for an eigendecomposition: columns of each."""
     m, k = units.v.shape[:2]
     per = max(1, group_size(problem, m * k) // k)
-    return [k * min(per, m - i) for i in range(0, m, per)]
+    # As even as can be: the work is that of the largest one.
+    count = -(-m // per)
+    return [k * (m * (i + 1) // count - m * i // count) for i in range(count)]
 
 
 def sample_count(problem: Problem, factors: Factors) -> int:
@@ -90,7 +92,8 @@ class Samples:
     """The samples that moments are taken over: those of this worker, out of ``count`` of all workers.
 
     ``index`` are their numbers here, ``place`` their places among all of them; with targets, weights that sum to one
-    over all workers, and white noise of the shape of the targets.
+    over all workers, and white noise of the shape of the targets. ``outputs`` are those of the head, where they are not
+    of the units at hand alone.
     """
 
     index: Tensor
@@ -99,6 +102,7 @@ class Samples:
     targets: Tensor
     weights: Tensor
     noise: Tensor
+    outputs: Tensor | None
 
     @property
     def rows(self) -> int:
@@ -114,6 +118,8 @@ class Preconditioner:
     outside : pairs outside the units of every block, near an optimum: then the directions that are soft there have
         their own part (:mod:`convexheads.solvers.cores`). Without memory for it they have none.
     gap : relative duality gap there, about.
+    outputs : of the whole head, where ``factors`` are only some of its units: then the intercept is left to the
+        preconditioner of the others, but for giving way to these.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Preconditioner:
         generator: torch.Generator,
         outside: dict[tuple[int, int | None], OutsidePairs] | None = None,
         gap: float = 0.0,
+        outputs: Tensor | None = None,
     ) -> None:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
@@ -135,8 +142,9 @@ class Preconditioner:
         total = problem.world.sum(a.sum()).clamp_min(torch.finfo(dtype).tiny)
         # Drawn for the samples of all workers, so that each sample has the same noise wherever it is.
         noise = torch.randn(len(sample), *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
+        there = None if outputs is None else take_rows(outputs, index).to(dtype)
         with torch.no_grad():
-            samples = Samples(index, place, len(sample), Y, a / total, noise.to(problem.device))
+            samples = Samples(index, place, len(sample), Y, a / total, noise.to(problem.device), there)
             self._build(problem, factors, samples, dtype, generator, outside, gap)
 
     def _build(
@@ -149,7 +157,7 @@ class Preconditioner:
         outside: dict[tuple[int, int | None], OutsidePairs] | None,
         gap: float,
     ) -> None:
-        step = problem.chunk_rows(max(1, factors.n_units))
+        step = problem.pass_rows(dtype, max(1, factors.n_units))
         centred = factors.intercept is not None
         self.v_blocks = [VBlocks(problem, k, units, centred) for k, units in enumerate(factors.units)]
         self.u_blocks = [
@@ -187,6 +195,8 @@ class Preconditioner:
         if self.cores is not None:
             self.cores.finish(centred)
         self.intercept_inverse = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if centred else None
+        if self.intercept_inverse is not None and samples.outputs is not None:
+            self.intercept_inverse.zero_()
 
     def _add(
         self, problem: Problem, factors: Factors, samples: Samples, part: slice, stats: list[Stats]
@@ -194,7 +204,10 @@ class Preconditioner:
         """Take in the moments of some of the samples; their outputs, targets and weights."""
         targets, weights, place = samples.targets[part], samples.weights[part], samples.place[part]
         features = [c.features(s, u) for c, s, u in zip(problem.components, stats, factors.units, strict=True)]
-        O = problem.combine(factors, features, targets.shape[:-1])
+        if samples.outputs is None:
+            O = problem.combine(factors, features, targets.shape[:-1])
+        else:
+            O = samples.outputs[part]
         row_weights = weights.repeat_interleave(samples.rows)
         for T, blocks in zip(features, self.v_blocks, strict=True):
             blocks.add(T.flatten(1), row_weights)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from convexheads.problem import Problem
-from convexheads.solvers.lbfgs import Apply
 from convexheads.spectral import balanced_factors
 from convexheads.subspace import SingularPair
 from convexheads.types import Factors, Units
@@ -149,27 +148,63 @@ def turned_rows(vectors: Tensor, factors: Factors, maps: list[Tensor | None]) ->
     return torch.cat([*found, vectors[:, start:]], 1)
 
 
-def padding(before: Factors, after: Factors) -> Apply:
-    """The map of vectors of the shape of ``before`` to that of ``after``, with zeros where units are new.
+class Placement:
+    """Where some of the units of a head are among all of them, for vectors of variables.
+
+    Parameters
+    ----------
+    part, whole : factors of the shapes of these units, and of all.
+    places : for every component, the places (m,) of the former among the latter.
+    """
+
+    def __init__(self, part: Factors, whole: Factors, places: list[Tensor]) -> None:
+        self.part = part
+        self._sizes = len(part.flat()), len(whole.flat())
+        self._blocks: list[tuple[slice, slice, int, Tensor]] = []
+        start = end = 0
+        for place, own, every in zip(places, part.units, whole.units, strict=True):
+            for s, t in zip(own.tensors(), every.tensors(), strict=True):
+                after = start + s.numel(), end + t.numel()
+                self._blocks.append((slice(start, after[0]), slice(end, after[1]), len(t), place))
+                start, end = after
+        self._tails = start, end
+
+    def put(self, vectors: Tensor) -> Tensor:
+        """Each row of ``vectors``, of the shape of the part, with zeros for all other units; same intercept."""
+        found = vectors.new_zeros(len(vectors), self._sizes[1])
+        for own, every, count, place in self._blocks:
+            if len(place):
+                found[:, every].view(len(vectors), count, -1)[:, place] = vectors[:, own].view(
+                    len(vectors), len(place), -1
+                )
+        found[:, self._tails[1] :] = vectors[:, self._tails[0] :]
+        return found
+
+    def take(self, vectors: Tensor) -> Tensor:
+        """The transposed map: what each row has for these units, and its intercept."""
+        found = vectors.new_empty(len(vectors), self._sizes[0])
+        for own, every, count, place in self._blocks:
+            if len(place):
+                found[:, own] = vectors[:, every].view(len(vectors), count, -1)[:, place].flatten(1)
+        found[:, self._tails[0] :] = vectors[:, self._tails[1] :]
+        return found
+
+
+def placements(before: Factors, after: Factors) -> tuple[Placement, Placement]:
+    """Where the units of ``before`` are among those of ``after``, and where those are that are new.
 
     New units follow the old ones of their gate.
     """
-    places = [_old_places(old, new) for old, new in zip(before.units, after.units, strict=True)]
-    size = len(after.flat())
-
-    def pad(vectors: Tensor) -> Tensor:
-        found = vectors.new_zeros(len(vectors), size)
-        start = end = 0
-        for place, old, new in zip(places, before.units, after.units, strict=True):
-            for s, t in zip(old.tensors(), new.tensors(), strict=True):
-                if len(s):
-                    part = vectors[:, start : start + s.numel()].view(len(vectors), len(s), -1)
-                    found[:, end : end + t.numel()].view(len(vectors), len(t), -1)[:, place] = part
-                start, end = start + s.numel(), end + t.numel()
-        found[:, end:] = vectors[:, start:]
-        return found
-
-    return pad
+    old = [_old_places(was, now) for was, now in zip(before.units, after.units, strict=True)]
+    new, units = [], []
+    for place, now in zip(old, after.units, strict=True):
+        fresh = torch.ones(len(now.v), dtype=torch.bool, device=place.device)
+        fresh[place] = False
+        new.append(fresh.nonzero()[:, 0])
+        units.append(now if now.u is None else pick(now, new[-1]))
+    # A ridge branch has no units: it is with the old ones.
+    units = [Units(None, each.v[:0]) if each.u is None else each for each in units]
+    return Placement(before, after, old), Placement(Factors(units, after.intercept), after, new)
 
 
 def _old_places(old: Units, new: Units) -> Tensor:
