@@ -134,9 +134,6 @@ class Preconditioner:
         self.problem = problem
         dtype = factors.tensors()[0].dtype
         count = sample_count(problem, factors)
-        if outputs is not None:
-            # It is made more often than one for all units, and soon replaced.
-            count = min(count, MOST_SAMPLES)
         sample = torch.arange(problem.n)
         if count < problem.n:
             sample = torch.randperm(problem.n, generator=generator)[:count].sort().values
