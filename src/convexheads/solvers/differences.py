@@ -43,11 +43,6 @@ class Kept:
         like = like.mT if self.transposed else like
         self.rows = torch.empty(n, *like.shape[1:], dtype=low, device=like.device)
 
-    @property
-    def units(self) -> int:
-        """How many units there are features of: units that have come since then follow these, and were zero."""
-        return self.rows.shape[2 if self.transposed else 1]
-
     def write(self, index: slice, T: Tensor) -> None:
         self.rows[index] = T.mT if self.transposed else T
 
@@ -145,7 +140,8 @@ class Differences:
                 T_0 = kept.read(index)
                 if step.u is not None:
                     O[:, component.outputs] += component.forward(T, v)
-                O[:, component.outputs] += component.forward(T_0, step.v[: kept.units])
+                # Units that have come since the reference follow those that there are features of, and were zero.
+                O[:, component.outputs] += component.forward(T_0, step.v[: T_0.shape[1]])
                 parts.append((T, pull, T_0))
             if moved.intercept is not None:
                 O += moved.intercept
@@ -159,8 +155,7 @@ class Differences:
                 problem.components, steps, values, parts, change.units, strict=True
             ):
                 own = component.outputs
-                held = T_0.shape[1]
-                g.v[:held] += component.adjoint_v(T_0, moves[:, own])
+                g.v[: T_0.shape[1]] += component.adjoint_v(T_0, moves[:, own])
                 if pull is None or g.u is None:
                     continue
                 g.v += component.adjoint_v(T, L[:, own])

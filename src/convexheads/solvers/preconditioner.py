@@ -194,9 +194,12 @@ class Preconditioner:
                 u_blocks.finish(problem.penalty_weight(component))
         if self.cores is not None:
             self.cores.finish(centred)
-        self.intercept_inverse = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if centred else None
-        if self.intercept_inverse is not None and samples.outputs is not None:
-            self.intercept_inverse.zero_()
+        self.intercept_inverse: Tensor | None = None
+        if centred:
+            alone = samples.outputs is None
+            self.intercept_inverse = (
+                torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if alone else torch.zeros_like(hessian)
+            )
 
     def _add(
         self, problem: Problem, factors: Factors, samples: Samples, part: slice, stats: list[Stats]

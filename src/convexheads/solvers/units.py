@@ -201,9 +201,8 @@ def placements(before: Factors, after: Factors) -> tuple[Placement, Placement]:
         fresh = torch.ones(len(now.v), dtype=torch.bool, device=place.device)
         fresh[place] = False
         new.append(fresh.nonzero()[:, 0])
-        units.append(now if now.u is None else pick(now, new[-1]))
-    # A ridge branch has no units: it is with the old ones.
-    units = [Units(None, each.v[:0]) if each.u is None else each for each in units]
+        # A ridge branch has no units: it is with the old ones.
+        units.append(no_units(now) if now.u is None else pick(now, new[-1]))
     return Placement(before, after, old), Placement(Factors(units, after.intercept), after, new)
 
 
