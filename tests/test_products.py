@@ -97,9 +97,10 @@ def test_low_precision_is_only_for_devices_with_units_for_it(monkeypatch: pytest
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
     assert products.low_precision(cpu) is None
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     expected = torch.bfloat16 if torch.backends.mkldnn.is_available() else None
-    assert products.low_precision(cpu) is expected
+    for unit in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {unit: True}, raising=False)
+        assert products.low_precision(cpu) is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert products.low_precision(cpu) is None
     assert products.low_precision(torch.device("mps")) is None
