@@ -15,7 +15,7 @@ from convexheads.problem import Problem
 from convexheads.solvers import preconditioner as module
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
 from convexheads.solvers.preconditioner import HeavyRows, Preconditioner
-from convexheads.types import Factors
+from convexheads.types import Factors, Units
 
 CASES = list(cases())
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,14 +37,16 @@ def test_kronecker_inverse() -> None:
     torch.testing.assert_close(KroneckerInverse(left, right, 0.3)(G).flatten(1), G.flatten(1) @ dense)
 
 
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [1, 1, 3]], ids=str)
 @pytest.mark.parametrize("count", [0, 3, 11])
-def test_outputwise_inverse(count: int) -> None:
-    """Heavy rows are exact, the rest counts by its diagonal: one dense matrix an output."""
+def test_outputwise_inverse(count: int, sizes: list[int]) -> None:
+    """Heavy rows are exact, also across groups, the rest counts by its diagonal: one dense matrix an output."""
     D, c = 5, 4
-    basis = torch.linalg.qr(normal(D, D)).Q
+    bases = [torch.linalg.qr(normal(size, size, seed=size)).Q for size in sizes]
     heavy, rest = normal(c, count, D, seed=1), normal(D, c, seed=2).square()
-    inverse = OutputwiseInverse(basis, heavy, rest, 0.2, shift_free=False)
+    inverse = OutputwiseInverse(bases, heavy, rest, 0.2, shift_free=False)
     G = normal(3, D, c, seed=3)
+    basis = torch.block_diag(*bases)
     for b in range(c):
         inner = heavy[b].mT @ heavy[b] + torch.diag(rest[:, b] + 0.2)
         dense = torch.linalg.inv(basis @ inner @ basis.mT)
@@ -52,13 +54,47 @@ def test_outputwise_inverse(count: int) -> None:
 
 
 def test_a_common_shift_meets_the_damping_alone() -> None:
-    inverse = OutputwiseInverse(torch.eye(5).double(), normal(4, 3, 5), normal(5, 4).square(), 0.2, shift_free=True)
+    inverse = OutputwiseInverse([torch.eye(5).double()], normal(4, 3, 5), normal(5, 4).square(), 0.2, shift_free=True)
     G = normal(2, 5, 1).expand(-1, -1, 4)
     torch.testing.assert_close(inverse(G), G / 0.2)
     # What has no shift gets none.
     H = normal(2, 5, 4, seed=1)
     H = H - H.mean(-1, keepdim=True)
     torch.testing.assert_close(inverse(H).mean(-1), torch.zeros(2, 5, dtype=torch.float64))
+
+
+def test_heavy_rows_couple_groups_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every row heavy nothing is left to a basis, so that groups make no difference."""
+    monkeypatch.setattr(module, "FEW_ROWS", 0)
+    problem = make_setting(Case("self_attention", loss="multilabel_logistic", n=9)).problem
+    factors = random_units(problem)
+    (units,) = factors.units
+    assert len(units.v) > 1
+    gradient = normal(2, len(factors.flat()))
+    size = units.v[0].numel()
+    v_part = slice(units.u.numel(), units.u.numel() + len(units.v) * size)
+    found = []
+    for groups in (1, len(units.v)):
+        monkeypatch.setattr(module, "GROUP_SIZE", units.v.shape[1] * len(units.v) // groups)
+        assert len(module.feature_groups(problem, units)) == groups
+        found.append(preconditioner(problem, factors).apply(gradient)[:, v_part])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_a_component_may_have_no_units(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unit of a head may have been dropped: then only the intercept is left to move."""
+    monkeypatch.setattr(module, "FEW_ROWS", 0)
+    problem = make_setting(Case("self_attention", loss=loss, c=3)).problem
+    some = random_units(problem)
+    assert some.intercept is not None
+    (units,) = some.units
+    assert units.u is not None
+    none = Factors([Units(units.u[:0], units.v[:0], units.gate)], some.intercept)
+    found = preconditioner(problem, none).apply(normal(2, 3))
+    assert found.shape == (2, 3)
+    assert bool(torch.isfinite(found).all())
+    assert float(found.norm()) > 0
 
 
 @pytest.mark.parametrize("loss", ["squared", "multilabel_logistic"])

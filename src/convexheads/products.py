@@ -25,8 +25,8 @@ WORTH = 2_000_000
 def low_precision(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device has units that multiply matrices of it at least twice as fast as of float32; or None.
 
-    These are the tiles of x86 processors (AMX), their dot products of 512-bit vectors (AVX512_BF16) and the tensor cores
-    of GPUs (compute capability 8 and above).
+    These are the tiles of x86 processors (AMX) and their dot products of 512-bit vectors (AVX512_BF16), and the tensor
+    cores of GPUs (compute capability 8 and above).
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None

@@ -32,15 +32,16 @@ class OutputwiseInverse:
 
     Parameters
     ----------
-    basis : orthonormal columns (D, D).
-    heavy : heavy rows in that basis times the roots of their curvature, (c, r, D).
-    rest : diagonal of the moment of all other rows in that basis, (D, c).
+    bases : orthonormal columns (D_g, D_g) of each group of features; D = sum of D_g.
+    heavy : heavy rows in these bases times the roots of their curvature, (c, r, D): exact across groups, too.
+    rest : diagonal of the moment of all other rows in these bases, (D, c).
     damping : added to every eigenvalue.
     shift_free : whether the loss does not see a common shift of all outputs.
     """
 
-    def __init__(self, basis: Tensor, heavy: Tensor, rest: Tensor, damping: float, shift_free: bool) -> None:
-        self.basis, self.damping, self.shift_free = basis, damping, shift_free
+    def __init__(self, bases: list[Tensor], heavy: Tensor, rest: Tensor, damping: float, shift_free: bool) -> None:
+        self.bases, self.damping, self.shift_free = bases, damping, shift_free
+        self.sizes = [len(basis) for basis in bases]
         self.root = (rest.clamp_min(0) + damping).rsqrt()
         scaled = heavy * self.root.mT[:, None]
         inner = scaled @ scaled.mT
@@ -51,11 +52,14 @@ class OutputwiseInverse:
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply to ``matrix`` (k, D, c)."""
         shift = matrix.mean(-1, keepdim=True) if self.shift_free else None
-        inner = (self.basis.mT @ (matrix if shift is None else matrix - shift)) * self.root
+        inner = matrix if shift is None else matrix - shift
+        inner = torch.cat([b.mT @ part for b, part in zip(self.bases, inner.split(self.sizes, 1), strict=True)], 1)
+        inner *= self.root
         if self.heavy.shape[1]:
             columns = inner.permute(2, 1, 0)
             inner = inner - ((self.heavy @ columns).mT @ self.heavy).permute(1, 2, 0)
-        found = self.basis @ (inner * self.root)
+        inner *= self.root
+        found = torch.cat([b @ part for b, part in zip(self.bases, inner.split(self.sizes, 1), strict=True)], 1)
         if shift is None:
             return found
         return found.sub_(found.mean(-1, keepdim=True)).add_(shift, alpha=1.0 / self.damping)

@@ -46,7 +46,7 @@ MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""
 FEW_ROWS = 1000
 """Rows of features below which all outputs have the mean moment: with so few an iteration is all overhead."""
-HEAVY = 32
+HEAVY = 64
 """Rows of an output's moment that are exact ..."""
 HEAVY_NUMBERS = 2**25
 """... and the most numbers that those of all outputs hold."""
@@ -71,8 +71,8 @@ def feature_groups(problem: Problem, units: Units) -> list[int]:
     """Groups of whole units whose stacked features stay small enough for an eigendecomposition: columns of each."""
     m, k = units.v.shape[:2]
     per = max(1, group_size(problem, m * k) // k)
-    # As even as can be: the work is that of the largest one.
-    count = -(-m // per)
+    # As even as can be: the work is that of the largest one. Without units it has no columns.
+    count = max(1, -(-m // per))
     return [k * (m * (i + 1) // count - m * i // count) for i in range(count)]
 
 
@@ -384,16 +384,15 @@ class VBlocks:
         """The inverses for a loss whose curvature differs from row to row; ``total`` curvature of all rows (c,)."""
         total = total[self.component.outputs].clamp_min(torch.finfo(total.dtype).tiny)
         root = heavy.root[self.component.outputs]
-        means = []
-        for g, basis in enumerate(self.bases):
-            mean, square = world.sum_all([self.means[g], self.squares[g]])
-            mean = mean / total if self.centred else torch.zeros_like(mean)
-            rows = (self.heavy[g] - mean.mT[:, None]) * root[..., None]
-            rows = world.sum(rows)
-            rest = square - total * mean.square() - rows.square().sum(1).mT
-            self.inverses.append(OutputwiseInverse(basis, rows, rest, self.damping, self.shift_free))
-            means.append(basis @ mean)
-        self.mean = torch.cat(means) if self.centred else None
+        # Groups one by one would lose what couples them.
+        mean, square = world.sum_all([torch.cat(self.means), torch.cat(self.squares)])
+        mean = mean / total if self.centred else torch.zeros_like(mean)
+        rows = world.sum((torch.cat(self.heavy, 2) - mean.mT[:, None]) * root[..., None])
+        rest = square - total * mean.square() - rows.square().sum(1).mT
+        self.inverses = [OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)]
+        parts = zip(self.bases, mean.split(self.sizes), strict=True)
+        self.mean = torch.cat([basis @ own for basis, own in parts]) if self.centred else None
+        self.sizes = [self.columns]
         del self.bases, self.heavy, self.means, self.squares
 
     def apply(self, vectors: Tensor, into: Tensor, intercept: Tensor | None) -> Tensor:
@@ -406,7 +405,7 @@ class VBlocks:
         if self.mean is not None and intercept is not None:
             own = own - self.mean * intercept[:, None, self.component.outputs]
         parts = [inverse(part) for inverse, part in zip(self.inverses, own.split(self.sizes, 1), strict=True)]
-        found = torch.cat(parts, 1) if parts else own
+        found = torch.cat(parts, 1)
         into.copy_(found.flatten(1))
         return found.new_zeros(()) if self.mean is None else (self.mean * found).sum(1)
 
