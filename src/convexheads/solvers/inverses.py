@@ -26,7 +26,7 @@ class OutputwiseInverse:
 
     The samples that an output is uncertain of are few and alike, so that a Kronecker product, which has the mean
     moment for all outputs, is off by factors of ten in both directions. Here the ``heavy`` rows t_i, of largest
-    curvature h_ib, are exact, and the rest is taken by the diagonal of its moment in a basis that all outputs share
+    curvature h_ib, are exact, and the rest is taken by the diagonal of its moment in bases that all outputs share
     (Woodbury's formula). Couplings between outputs are left out, but for the one that softmax always has: a common
     shift of all outputs changes nothing, so that of a shift of v the damping is all the curvature there is.
 

@@ -363,9 +363,8 @@ class VBlocks:
         self.bases = [torch.linalg.eigh(moment).eigenvectors for moment in self.moments]
         del self.moments
         like, c = self.first, self.component.width
-        self.heavy = [like.new_zeros(c, heavy.count, size) for size in self.sizes]
-        self.means = [like.new_zeros(size, c) for size in self.sizes]
-        self.squares = [like.new_zeros(size, c) for size in self.sizes]
+        self.heavy = like.new_zeros(c, heavy.count, self.columns)
+        self.means, self.squares = like.new_zeros(self.columns, c), like.new_zeros(self.columns, c)
 
     def add_outputs(self, T: Tensor, rows: slice, curvature: Tensor, heavy: HeavyRows) -> None:
         """Take in rows of features T (rows, D) of which ``curvature[rows]`` are the curvatures (rows, c)."""
@@ -374,21 +373,23 @@ class VBlocks:
         chosen, output, slot = heavy.among(rows)
         inside = (output >= own.start) & (output < own.stop)
         chosen, output, slot = chosen[inside], output[inside] - own.start, slot[inside]
-        for g, (basis, block) in enumerate(zip(self.bases, T.split(self.sizes, 1), strict=True)):
-            turned = block @ basis
-            self.means[g] += turned.mT @ weights
-            self.squares[g] += turned.square().mT @ weights
-            self.heavy[g][output, slot] = turned[chosen]
+        start = 0
+        for basis, block in zip(self.bases, T.split(self.sizes, 1), strict=True):
+            turned, group = block @ basis, slice(start, start + len(basis))
+            start = group.stop
+            self.means[group] += turned.mT @ weights
+            self.squares[group] += turned.square().mT @ weights
+            self.heavy[output, slot, group] = turned[chosen]
 
     def finish_outputs(self, world: World, heavy: HeavyRows, total: Tensor) -> None:
         """The inverses for a loss whose curvature differs from row to row; ``total`` curvature of all rows (c,)."""
         total = total[self.component.outputs].clamp_min(torch.finfo(total.dtype).tiny)
         root = heavy.root[self.component.outputs]
-        # Groups one by one would lose what couples them.
-        mean, square = world.sum_all([torch.cat(self.means), torch.cat(self.squares)])
+        mean, square = world.sum_all([self.means, self.squares])
         mean = mean / total if self.centred else torch.zeros_like(mean)
-        rows = world.sum((torch.cat(self.heavy, 2) - mean.mT[:, None]) * root[..., None])
+        rows = world.sum((self.heavy - mean.mT[:, None]) * root[..., None])
         rest = square - total * mean.square() - rows.square().sum(1).mT
+        # One for all groups: heavy rows couple them.
         self.inverses = [OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)]
         parts = zip(self.bases, mean.split(self.sizes), strict=True)
         self.mean = torch.cat([basis @ own for basis, own in parts]) if self.centred else None
