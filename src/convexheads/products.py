@@ -91,7 +91,7 @@ def fast_products(multiplications: float = WORTH) -> contextlib.AbstractContextM
 
 
 def rough_products(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """In this block float32 products may take operands rounded to bfloat16, where that is several times faster.
+    """In this block float32 products may take operands rounded to bfloat16, where :func:`low_precision` is it.
 
     Sums stay in float32, so that a second moment stays positive semidefinite: for estimates from samples, whose own
     errors are far larger. A precision that the caller has set is kept.

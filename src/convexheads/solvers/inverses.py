@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+
+def by_group(maps: Sequence[Callable[[Tensor], Tensor]], sizes: list[int], matrix: Tensor) -> Tensor:
+    """Each of ``maps`` on its own rows, ``sizes`` of them one after the other, of ``matrix`` (..., D, c)."""
+    return torch.cat([each(part) for each, part in zip(maps, matrix.split(sizes, -2), strict=True)], -2)
 
 
 class KroneckerInverse:
@@ -40,8 +47,10 @@ class OutputwiseInverse:
     """
 
     def __init__(self, bases: list[Tensor], heavy: Tensor, rest: Tensor, damping: float, shift_free: bool) -> None:
-        self.bases, self.damping, self.shift_free = bases, damping, shift_free
+        self.onto = [basis.mT.matmul for basis in bases]
+        self.back = [basis.matmul for basis in bases]
         self.sizes = [len(basis) for basis in bases]
+        self.damping, self.shift_free = damping, shift_free
         self.root = (rest.clamp_min(0) + damping).rsqrt()
         scaled = heavy * self.root.mT[:, None]
         inner = scaled @ scaled.mT
@@ -52,14 +61,13 @@ class OutputwiseInverse:
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply to ``matrix`` (k, D, c)."""
         shift = matrix.mean(-1, keepdim=True) if self.shift_free else None
-        inner = matrix if shift is None else matrix - shift
-        inner = torch.cat([b.mT @ part for b, part in zip(self.bases, inner.split(self.sizes, 1), strict=True)], 1)
+        inner = by_group(self.onto, self.sizes, matrix if shift is None else matrix - shift)
         inner *= self.root
         if self.heavy.shape[1]:
             columns = inner.permute(2, 1, 0)
-            inner = inner - ((self.heavy @ columns).mT @ self.heavy).permute(1, 2, 0)
+            inner -= ((self.heavy @ columns).mT @ self.heavy).permute(1, 2, 0)
         inner *= self.root
-        found = torch.cat([b @ part for b, part in zip(self.bases, inner.split(self.sizes, 1), strict=True)], 1)
+        found = by_group(self.back, self.sizes, inner)
         if shift is None:
             return found
         return found.sub_(found.mean(-1, keepdim=True)).add_(shift, alpha=1.0 / self.damping)

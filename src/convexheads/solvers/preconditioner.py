@@ -16,7 +16,9 @@ for as stiff as both are together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 
 import torch
@@ -29,7 +31,7 @@ from convexheads.operator import split_rows
 from convexheads.problem import Problem, take_rows
 from convexheads.products import rough_products
 from convexheads.solvers.cores import Cores
-from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
+from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by_group
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
@@ -330,7 +332,6 @@ class VBlocks:
         self.sizes = feature_groups(problem, units)
         self.columns, self.numbers = sum(self.sizes), units.v.numel()
         self.moments = [units.v.new_zeros(size, size) for size in self.sizes]
-        self.inverses: list[KroneckerInverse | OutputwiseInverse] = []
         self.mean: Tensor | None = None
         # Sum of the weighted rows, and of the weights.
         self.first = units.v.new_zeros(self.columns)
@@ -348,14 +349,15 @@ class VBlocks:
         *self.moments, self.first, self.total = world.sum_all([*self.moments, self.first, self.total])
 
     def finish(self, hessian: Tensor) -> None:
-        """The inverses with the mean Hessian for every row: exact for losses of constant curvature."""
+        """The inverse with the mean Hessian for every row: exact for losses of constant curvature."""
         curvature = hessian[self.component.outputs, self.component.outputs]
         mean = self.first / self.total
         if self.centred:
             self.mean = mean[:, None].expand(-1, self.component.width)
             for moment, own in zip(self.moments, mean.split(self.sizes), strict=True):
                 moment.addr_(own, own, alpha=-float(self.total))
-        self.inverses = [KroneckerInverse(moment, curvature, self.damping) for moment in self.moments]
+        groups = [KroneckerInverse(moment, curvature, self.damping) for moment in self.moments]
+        self.inverse: Callable[[Tensor], Tensor] = partial(by_group, groups, self.sizes)
         del self.moments
 
     def start_outputs(self, heavy: HeavyRows) -> None:
@@ -373,16 +375,13 @@ class VBlocks:
         chosen, output, slot = heavy.among(rows)
         inside = (output >= own.start) & (output < own.stop)
         chosen, output, slot = chosen[inside], output[inside] - own.start, slot[inside]
-        start = 0
-        for basis, block in zip(self.bases, T.split(self.sizes, 1), strict=True):
-            turned, group = block @ basis, slice(start, start + len(basis))
-            start = group.stop
-            self.means[group] += turned.mT @ weights
-            self.squares[group] += turned.square().mT @ weights
-            self.heavy[output, slot, group] = turned[chosen]
+        turned = by_group([basis.mT.matmul for basis in self.bases], self.sizes, T.mT)
+        self.means += turned @ weights
+        self.squares += turned.square() @ weights
+        self.heavy[output, slot] = turned[:, chosen].mT
 
     def finish_outputs(self, world: World, heavy: HeavyRows, total: Tensor) -> None:
-        """The inverses for a loss whose curvature differs from row to row; ``total`` curvature of all rows (c,)."""
+        """The inverse for a loss whose curvature differs from row to row; ``total`` curvature of all rows (c,)."""
         total = total[self.component.outputs].clamp_min(torch.finfo(total.dtype).tiny)
         root = heavy.root[self.component.outputs]
         mean, square = world.sum_all([self.means, self.squares])
@@ -390,10 +389,8 @@ class VBlocks:
         rows = world.sum((self.heavy - mean.mT[:, None]) * root[..., None])
         rest = square - total * mean.square() - rows.square().sum(1).mT
         # One for all groups: heavy rows couple them.
-        self.inverses = [OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)]
-        parts = zip(self.bases, mean.split(self.sizes), strict=True)
-        self.mean = torch.cat([basis @ own for basis, own in parts]) if self.centred else None
-        self.sizes = [self.columns]
+        self.inverse = OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)
+        self.mean = by_group([basis.matmul for basis in self.bases], self.sizes, mean) if self.centred else None
         del self.bases, self.heavy, self.means, self.squares
 
     def apply(self, vectors: Tensor, into: Tensor, intercept: Tensor | None) -> Tensor:
@@ -405,8 +402,7 @@ class VBlocks:
         own = vectors.view(len(vectors), -1, self.component.width)
         if self.mean is not None and intercept is not None:
             own = own - self.mean * intercept[:, None, self.component.outputs]
-        parts = [inverse(part) for inverse, part in zip(self.inverses, own.split(self.sizes, 1), strict=True)]
-        found = torch.cat(parts, 1)
+        found = self.inverse(own)
         into.copy_(found.flatten(1))
         return found.new_zeros(()) if self.mean is None else (self.mean * found).sum(1)
 
