@@ -20,8 +20,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import convexheads
-from convexheads import ConvexHeadClassifier, ConvexHeadRegressor, estimators
-from convexheads.architectures import ARCHITECTURES
+from convexheads import ConvexHeadClassifier, ConvexHeadRegressor, estimators, memory
 from convexheads.certificate import certify_factors
 from convexheads.errors import InputError, NotConvergedWarning
 from convexheads.tokens.store import TokenStore
@@ -244,12 +243,10 @@ def test_integer_tokens_and_labels_as_tensors() -> None:
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that do not fit into one chunk, or not into the cache, give the same fit and the same predictions."""
-    from convexheads import problem
-
     X, y = planted(n=40)
     options: dict[str, Any] = {"activation": "gated_relu", "gates": 2, "beta_ratio": 0.1}
     whole = ConvexHeadClassifier(**options).fit(X, y)
-    monkeypatch.setattr(problem, "WORKSPACE", 16)
+    monkeypatch.setattr(memory, "current", lambda: memory.Budget(workspace=16))
     chunked = ConvexHeadClassifier(**options).fit(X, y)
     same(chunked.predict_proba(X), whole.predict_proba(X), 1e-6)
     same(whole.predict_proba(X[:1]), whole.predict_proba(X)[:1], 1e-12)
@@ -606,21 +603,3 @@ def test_constant_targets_give_an_empty_head() -> None:
             assert model.rank_ == 0
     zero = ConvexHeadClassifier().fit(np.zeros((6, 2, 3)), np.arange(6) % 3)
     same(zero.predict_proba(np.zeros((1, 2, 3))), 1 / 3)
-
-
-# --------------------------------------------------------------------------------------------------
-# Other devices
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("activation", ["linear", "gated_relu"])
-@pytest.mark.parametrize("head", sorted(ARCHITECTURES))
-def test_gpu(head: str, activation: str) -> None:
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((60, 6, 4)), np.arange(60) % 4
-    options: dict[str, Any] = {"activation": activation, "gates": 3, "n_blocks": 2, "tol": 1e-5, "beta_ratio": 0.1}
-    here = ConvexHeadClassifier(head, **options).fit(X, y)
-    there = ConvexHeadClassifier(head, device="cuda", **options).fit(X, y)
-    assert there.certificate_.certified
-    assert there.certificate_.primal == pytest.approx(here.certificate_.primal, rel=2e-5)
-    np.testing.assert_allclose(there.predict_proba(X), here.predict_proba(X), atol=1e-2)

@@ -10,9 +10,9 @@ import torch
 
 from contract_cases import Case, make_setting, random_units
 from convexheads import ConvexHeadRegressor
-from convexheads import problem as problem_module
 from convexheads.architectures import architecture_class
 from convexheads.certificate import penalty, refit_intercept
+from convexheads.memory import Budget
 from convexheads.problem import Problem
 from convexheads.solvers import proximal
 from convexheads.solvers.base import solver_function
@@ -58,9 +58,7 @@ def objective(problem: Problem, factors: Factors) -> float:
 @pytest.mark.parametrize("outputs", [1, 7])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_joint_adjoints_are_those_of_every_gate(
-    outputs: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joint_adjoints_are_those_of_every_gate(outputs: int, tokens: int, dtype: torch.dtype) -> None:
     case = Case("mlp", "gated_relu", s=tokens, c=outputs, n=40, d=3, gates=4)
     # float64 statistics are kept for iterations in float64 only, and formed afresh otherwise.
     found = make_setting(case).problem.in_dtype(dtype)
@@ -68,7 +66,7 @@ def test_joint_adjoints_are_those_of_every_gate(
     L = torch.randn(40, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = [found.gamma(L, 0, gate) for gate in range(4)]
     for size in (2**20, 50):
-        monkeypatch.setattr(problem_module, "WORKSPACE", size)
+        found.budget = Budget(workspace=size)
         gates, gammas = zip(*found.gammas(L, 0), strict=True)
         assert list(gates) == [0, 1, 2, 3]
         torch.testing.assert_close(torch.stack(gammas), torch.stack(expected), rtol=1e-12, atol=1e-12)

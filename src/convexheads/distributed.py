@@ -173,7 +173,14 @@ class _Workers(World):
         self._beat(0)
         threading.Thread(target=self._live, name="signs of life", daemon=True).start()
         self._previous = signal.signal(signal.SIGTERM, self._terminated) if _in_main_thread() else None
-        self.barrier()
+        self._nccl = False
+        self._nccl = bool(self.least(torch.tensor([float(self._has_own_accelerator())]))[0])
+
+    def _has_own_accelerator(self) -> bool:
+        """NCCL takes no two workers on one GPU."""
+        if not (torch.cuda.is_available() and self._dist.is_nccl_available()):
+            return False
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) <= torch.cuda.device_count()
 
     # Signs of life ----------------------------------------------------------------------------------------
 
@@ -214,30 +221,32 @@ class _Workers(World):
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         raise self._gone("this worker was told to stop, as torchrun does when another one has ended")
 
-    def _finish(self, work: Any) -> None:
+    def _finish(self, work: Any, on_gpu: bool) -> None:
         """Wait for an operation as long as the other workers live."""
         begin = time.monotonic()
         while True:
             try:
-                work.wait(timedelta(seconds=LOOK_SECONDS))
+                if on_gpu and not work.is_completed():
+                    # A wait for NCCL that ends by its time limit would break the connections off.
+                    time.sleep(1e-4)
+                else:
+                    work.wait(timedelta(seconds=LOOK_SECONDS))
             except RuntimeError as error:
                 if work.is_completed() or time.monotonic() - begin < 0.5 * LOOK_SECONDS:
                     raise self._gone("the connection to it was closed") from error
             else:
                 if work.is_completed():
                     return
-                # NCCL: waiting only orders the work on the device.
-                time.sleep(1e-4)
             if time.monotonic() - begin > LOOK_SECONDS:
                 begin = time.monotonic()
                 self._look()
 
-    def _run(self, operation: Any, *args: Any, **options: Any) -> None:
+    def _run(self, operation: Any, tensor: Tensor, **options: Any) -> None:
         try:
-            work = operation(*args, async_op=True, **options)
+            work = operation(tensor, async_op=True, **options)
         except RuntimeError as error:
             raise self._gone("the connection to it was closed") from error
-        self._finish(work)
+        self._finish(work, tensor.is_cuda)
 
     # Operations -------------------------------------------------------------------------------------------
 
@@ -249,7 +258,7 @@ class _Workers(World):
 
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         # Devices without float64, and those that no backend serves, go through the processor.
-        where = tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+        where = tensor.device if tensor.is_cuda and self._nccl else torch.device("cpu")
         whole = tensor.detach().to(where).to(torch.float64).contiguous().clone()
         self._run(self._dist.all_reduce, whole, op=how)
         return whole.to(tensor.dtype).to(tensor.device)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from convexheads.errors import DataError, InputError, describe
 CACHE_BYTES = 3 * 2**30
 WORKSPACE = 2**19
 READ_BYTES = 64 * 2**20
+DEVICE_WORKSPACE = 2**26
+"""Most elements of the largest temporary on an accelerator, which is idle most of the time on the parts that suit a
+processor's cache."""
 SMALLEST = 8 * 2**20
 """Bytes below which a limit is refused: no chunk of anything would fit."""
 ROOM_LEFT = 2**30
@@ -90,6 +93,13 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def device_peak() -> int | None:
+    """Largest memory of this process on a GPU so far, in bytes; None if it has used none."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
 
 
 def resident_memory() -> int | None:
@@ -171,6 +181,17 @@ class Budget:
             max(2**13, min(WORKSPACE, share // 256)),
             max(2**16, min(READ_BYTES, share // 32)),
         )
+
+    def on(self, device: torch.device) -> Budget:
+        """The shares of a computation on a device: without a limit, on an accelerator, from what is free there."""
+        if device.type != "cuda" or self.limit is not None:
+            return self
+        free, _ = torch.cuda.mem_get_info(device)
+        return self.sharing(free)
+
+    def sharing(self, free: int) -> Budget:
+        """The same with the statistics and temporaries that suit an accelerator with so many free bytes."""
+        return replace(self, cache=free // 2, workspace=max(self.workspace, min(DEVICE_WORKSPACE, free // 256)))
 
 
 _CURRENT: ContextVar[Budget] = ContextVar("budget", default=Budget())  # noqa: B039 - frozen

@@ -37,11 +37,11 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-WORKSPACE = memory.WORKSPACE  # elements of the largest temporary of one chunk
 LEAST_ROWS, LEAST_LOW_ROWS = 256, 512
 """Samples a chunk at least of heads whose evaluation is products: of numbers of four bytes, and of fewer, ..."""
 LOW_ROWS = 2.5
 """... of which a chunk has so many times as many."""
+MOST_ROWS = 8192
 GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
@@ -145,7 +145,7 @@ class Problem:
         self.start = world.rows(self.n).start
         size = self.targets.reshape(self.local, -1).square().sum(1) @ self.weights
         self.negligible = max(1e-300, NEGLIGIBLE * world.total(float(size)))
-        self.budget = memory.current()
+        self.budget = memory.current().on(self.device)
         self.cache_bytes = self.budget.cache if cache_bytes is None else cache_bytes
         self.spill = self.device.type == "cpu"
         self._cache: dict[torch.dtype, list[tuple[KeptRows, ...]] | None] = {}
@@ -288,8 +288,7 @@ class Problem:
         if limited:
             # What is read of a sample counts as well, however few the units.
             work = max(work, *(c.form.tokens * c.form.features * c.n_gates // 4 for c in self.components))
-        workspace = min(WORKSPACE, self.budget.workspace)
-        return max(1 if limited else 16, min(8192, workspace // max(1, work)))
+        return max(1 if limited else 16, min(MOST_ROWS, self.budget.workspace // max(1, work)))
 
     def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
         """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them.
@@ -623,7 +622,8 @@ class Problem:
         yield from enumerate(self._joint_gammas(L, k, dtype))
 
     def _gamma_workspace(self) -> int:
-        return GAMMA_WORKSPACE if self.budget.limit is None else 2 * min(WORKSPACE, self.budget.workspace)
+        own = 2 * self.budget.workspace
+        return max(GAMMA_WORKSPACE, own) if self.budget.limit is None else own
 
     @torch.no_grad()
     def _joint_gammas(self, L: Tensor, k: int, dtype: torch.dtype) -> Tensor:
@@ -633,7 +633,7 @@ class Problem:
         kept = dtype == self.dtype and self._cached_stats(dtype) is not None
         # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
         numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
-        step = max(1, min(WORKSPACE, self._gamma_workspace()) // numbers)
+        step = max(1, min(self.budget.workspace, self._gamma_workspace()) // numbers)
         for index, stats, _ in self._gate_stats(k, None, dtype, step):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.form.joint_adjoint(stats, own)

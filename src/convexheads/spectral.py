@@ -70,10 +70,26 @@ def _below(S: Tensor, rounding: float, bound: float) -> bool:
     diagonal = shifted.diagonal()
     diagonal += bound
     diagonal -= _slack(S, rounding, bound)
+    if S.device.type != "cpu":
+        return _has_factor(shifted)
     info = torch.zeros((), dtype=torch.int32, device=S.device)
     # The factor takes the place of the matrix, which is symmetric: by columns, as LAPACK wants it.
     torch.linalg.cholesky_ex(shifted.mT, out=(shifted.mT, info))
     return int(info) == 0
+
+
+def _has_factor(S: Tensor) -> bool:
+    """True if S, symmetric, has a Cholesky factor that leaves no more than rounding of it, however it was found.
+
+    What :func:`_slack` allows, 2 gamma_{k+2} tr S, holds for the order of operations of LAPACK. Libraries of
+    accelerators may take inverses of blocks instead, so that there the residual S - L L^T is looked at: with the
+    rounding of its product, at most gamma_k ||L||_F^2, it has to stay below the same.
+    """
+    L, info = torch.linalg.cholesky_ex(S)
+    if int(info) != 0:
+        return False
+    left = (S - L @ L.mT).norm() + _gamma(len(S) + 2) * L.square().sum()
+    return bool(1.01 * left <= 2.0 * _gamma(len(S) + 2) * S.diagonal().sum())
 
 
 def largest_singular_value(gamma: Tensor) -> Interval:

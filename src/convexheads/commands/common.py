@@ -508,10 +508,10 @@ def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patienc
 
 
 def memory_used(before: int | None, limit: int | None) -> dict[str, int | None]:
-    """Bytes of memory for a result: the largest so far, what was held ``before`` the work, and the limit."""
-    from convexheads.memory import peak_memory
+    """Bytes of memory for a result: the largest so far, what was held ``before`` the work, the limit, and GPUs'."""
+    from convexheads.memory import device_peak, peak_memory
 
-    return {"peak": peak_memory(), "before": before, "limit": limit}
+    return {"peak": peak_memory(), "before": before, "limit": limit, "device_peak": device_peak()}
 
 
 def memory_line(used: dict[str, int | None]) -> str | None:
@@ -524,7 +524,9 @@ def memory_line(used: dict[str, int | None]) -> str | None:
     line = f"peak memory     {readable(peak)}"
     if before is not None:
         line += f", {readable(max(0, peak - before))} of it for the fit"
-    return line + (f" (limit {readable(limit)})" if limit is not None else "")
+    line += f" (limit {readable(limit)})" if limit is not None else ""
+    device = used["device_peak"]
+    return line + (f"; {readable(device)} on the GPU" if device is not None else "")
 
 
 def set_threads(threads: int | None) -> None:

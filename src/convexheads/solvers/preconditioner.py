@@ -418,7 +418,7 @@ class UBlocks:
 
     def __init__(self, problem: Problem, k: int, units: Units, samples: int, generator: torch.Generator) -> None:
         self.component = problem.components[k]
-        self.elements = 16 * WORKSPACE
+        self.elements = max(16 * WORKSPACE, problem.budget.workspace)
         if problem.budget.limit is not None:
             # Features are held as well as the copies of u.
             self.elements = (
