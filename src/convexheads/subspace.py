@@ -370,6 +370,12 @@ def beta_max(problem: Problem) -> float:
     return search.top_pairs(L.to(problem.dtype), size=6, rounds=30, tol=1e-7)[0]
 
 
+def rough_beta_max(problem: Problem) -> float:
+    """:func:`beta_max` of the nuclear branches, within some percent and in a few passes over the samples."""
+    search = BlockSubspace(problem, torch.Generator().manual_seed(0))
+    return search.top_pairs(problem.null_gradient().to(problem.dtype), size=2, rounds=3, tol=0.05)[0]
+
+
 def branch_scale(problem: Problem, branch: int) -> float:
     """beta_max of one branch alone at weight one, the ridge scale for a ridge branch."""
     L = problem.null_gradient()

@@ -9,7 +9,8 @@ import torch
 from convexheads.problem import Component, Problem
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.units import canonical, filled, no_units
-from convexheads.solvers.warmup import BATCH, adam_epochs
+from convexheads.solvers.warmup import BATCH, adam_epochs, lowered
+from convexheads.subspace import rough_beta_max
 from convexheads.types import Factors, Units
 
 WARMUP_SAMPLES = 1000
@@ -22,6 +23,10 @@ MOST_EPOCHS = 16
 """... and the most ..."""
 WARMUP_STEPS = 200
 """... for about so many mini-batches ..."""
+MOST_LOW_EPOCHS, LOW_STEPS, USUAL_RATIO, LOW_POWER = 40, 450, 0.034, -0.64
+"""... or, where an epoch in low precision costs half of an iteration, so many at most for so many mini-batches at this
+share of beta_max, times this power of the quotient at others: what is left is noise of mini-batches, which is larger
+for more units, and more are in use at a smaller beta; ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 FEW_UNITS = 24
@@ -101,7 +106,7 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
     if quick(problem, counts) or not start.n_units:
         return vector_guess(problem, empty, max_rank) or start
     norm = start_scale(problem, start.n_units)
-    epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(WARMUP_STEPS * BATCH / problem.n)))
+    epochs = warmup_epochs(problem, start)
     for _ in range(MOST_STAGES):
         found = adam_epochs(problem, start, norm, epochs, generator)
         start, saturated = resize(problem, found, counts, max_rank, generator)
@@ -109,6 +114,16 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
             break
         counts = [2 * count for count in counts]
     return start
+
+
+def warmup_epochs(problem: Problem, start: Factors) -> int:
+    """Epochs of Adam from small random units."""
+    steps, most = float(WARMUP_STEPS), MOST_EPOCHS
+    # On accelerators mini-batches take about as long as all samples at once.
+    low = problem.device.type == "cpu" and lowered(problem, start).low is not None
+    if problem.world.total(0.0 if low else 1.0) == 0.0:
+        steps, most = LOW_STEPS * (problem.beta / rough_beta_max(problem) / USUAL_RATIO) ** LOW_POWER, MOST_LOW_EPOCHS
+    return min(most, max(LEAST_EPOCHS, round(steps * BATCH / problem.n)))
 
 
 def vector_guess(problem: Problem, start: Factors, max_rank: int | None) -> Factors | None:
