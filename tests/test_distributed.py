@@ -286,3 +286,24 @@ def test_fista_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_CURRENT", Second())
     with pytest.raises(InputError, match="'fista' for 3 workers; expected one process"):
         model.fit(X, y)
+
+
+class Slow:
+    """An operation that is done after some looks, and that must not be waited for before."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks, self.waits = looks, 0
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self, limit: Any) -> None:
+        assert self.looks < 0
+        self.waits += 1
+
+
+def test_operations_on_a_gpu_are_not_waited_for_with_a_time_limit() -> None:
+    workers, work = object.__new__(distributed._Workers), Slow(5)
+    workers._finish(work, on_gpu=True)
+    assert work.waits == 1

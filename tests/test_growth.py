@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from contract_cases import Case, make_setting, random_units
+from contract_cases import Case, float32_problem, make_setting, random_units
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError
 from convexheads.problem import Problem
@@ -19,7 +19,7 @@ from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import random_factors, resize, second_guess
 from convexheads.solvers.units import join_units, placements, principal_units, turned, turned_rows
-from convexheads.subspace import BlockSubspace, beta_max
+from convexheads.subspace import BlockSubspace, beta_max, rough_beta_max
 from convexheads.types import Factors, Units
 
 
@@ -471,3 +471,21 @@ def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -
     assert not state.look(factors, Schedule(target=1.0, gap=1.0)).sure
     monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
     assert not state.look(factors, Schedule(target=1.0, gap=1e-3)).sure
+
+
+def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = float32_problem(Case("self_attention", n=3000, s=4, d=5, loss="cross_entropy"))
+    start = random_factors(found, [4], torch.Generator().manual_seed(0), torch.float32)
+    scale = rough_beta_max(found)
+    assert scale == pytest.approx(beta_max(found), rel=0.05)
+
+    def epochs(ratio: float) -> int:
+        return starts.warmup_epochs(found.with_beta(ratio * scale), start)
+
+    monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem)
+    assert {epochs(ratio) for ratio in (0.3, 0.034, 0.001)} == {starts.MOST_EPOCHS}
+    monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem.in_low_precision(torch.bfloat16))
+    each = [epochs(ratio) for ratio in (0.99, 0.3, 0.1, 0.001)]
+    assert each == sorted(each)
+    assert each[0] >= starts.LEAST_EPOCHS
+    assert each[1] < each[2] < each[3] == starts.MOST_LOW_EPOCHS

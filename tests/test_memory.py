@@ -191,3 +191,14 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     assert max(limited["dual"], free["dual"]) <= min(limited["objective"], free["objective"])
     # Processor time: other processes do not count. Smaller chunks and statistics read from a file cost a quarter here.
     assert limited["seconds"] <= 2.5 * free["seconds"]
+
+
+def test_shares_of_an_accelerator() -> None:
+    """Half of what is free for statistics, and chunks that are larger than a processor's, if there is room."""
+    cpu = memory.Budget()
+    assert cpu.on(torch.device("cpu")) is cpu
+    large, small = cpu.sharing(80 * 2**30), cpu.sharing(2**26)
+    assert (large.cache, large.workspace) == (40 * 2**30, memory.DEVICE_WORKSPACE)
+    assert (small.cache, small.workspace) == (2**25, cpu.workspace)
+    limited = memory.Budget.of(2**30)
+    assert limited.on(torch.device("cuda")) is limited

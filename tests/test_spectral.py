@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -159,6 +160,31 @@ def test_the_proof_refuses_what_is_false(name: str, shape: tuple[int, int]) -> N
     # Nor may rounding let it through on the border itself.
     assert not proves_bound(gamma, sigma * (1 - 1e-14))
     assert proves_bound(gamma, sigma * (1 + 1e-7))
+
+
+@pytest.mark.parametrize("k", [1, 40, 300])
+def test_a_factor_from_elsewhere_is_checked_by_its_residual(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for matrices on accelerators: a factor that leaves more than rounding proves nothing."""
+    root = matrix(k, k, np.linspace(0.1, 1.0, k))
+    S = root @ root.mT
+    S = 0.5 * (S + S.mT)
+    assert spectral._has_factor(S)
+    assert spectral._has_factor(S - (0.01 - 1e-6) * torch.eye(k, dtype=torch.float64)) or k == 1
+    assert not spectral._has_factor(S - 1.1 * torch.eye(k, dtype=torch.float64))
+    factorise = torch.linalg.cholesky_ex
+
+    def spoiled(share: float) -> Any:
+        def found(S: Tensor) -> Any:
+            L, info = factorise(S)
+            L[-1, 0] += share * L[0, 0]
+            return L, info
+
+        return found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", spoiled(1e-10))
+    assert not spectral._has_factor(S)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", spoiled(math.nan))
+    assert not spectral._has_factor(S)
 
 
 def test_float32_matrices_are_bounded_in_float64() -> None:

@@ -225,21 +225,24 @@ class _Workers(World):
         """Wait for an operation as long as the other workers live."""
         begin = time.monotonic()
         while True:
-            try:
-                if on_gpu and not work.is_completed():
-                    # A wait for NCCL that ends by its time limit would break the connections off.
-                    time.sleep(1e-4)
-                else:
-                    work.wait(timedelta(seconds=LOOK_SECONDS))
-            except RuntimeError as error:
-                if work.is_completed() or time.monotonic() - begin < 0.5 * LOOK_SECONDS:
-                    raise self._gone("the connection to it was closed") from error
-            else:
-                if work.is_completed():
-                    return
+            if on_gpu and not work.is_completed():
+                # A wait for NCCL that ends by its time limit would break the connections off.
+                time.sleep(1e-4)
+            elif self._waited(work, begin):
+                return
             if time.monotonic() - begin > LOOK_SECONDS:
                 begin = time.monotonic()
                 self._look()
+
+    def _waited(self, work: Any, begin: float) -> bool:
+        """Wait some seconds for an operation; whether it is done."""
+        try:
+            work.wait(timedelta(seconds=LOOK_SECONDS))
+        except RuntimeError as error:
+            if work.is_completed() or time.monotonic() - begin < 0.5 * LOOK_SECONDS:
+                raise self._gone("the connection to it was closed") from error
+            return False
+        return bool(work.is_completed())
 
     def _run(self, operation: Any, tensor: Tensor, **options: Any) -> None:
         try:
