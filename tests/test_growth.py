@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from contract_cases import Case, float32_problem, make_setting, random_units
+from convexheads import ConvexHeadClassifier
 from convexheads.certificate import Certificate, certify_factors
 from convexheads.errors import InputError
 from convexheads.problem import Problem
@@ -489,3 +490,20 @@ def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytes
     assert each == sorted(each)
     assert each[0] >= starts.LEAST_EPOCHS
     assert each[1] < each[2] < each[3] == starts.MOST_LOW_EPOCHS
+
+
+@pytest.mark.parametrize("patience", [2, 4])
+def test_units_are_not_dropped_for_more_than_they_are_worth(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted all but exactly, a head has a gap near one for long: a share of it is no measure of what units carry."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(500, 9, 12, generator=generator, dtype=torch.float64)
+    W = torch.randn(12, 12, 10, generator=generator, dtype=torch.float64)
+    scores = torch.einsum("nsa,nsb,abc->nc", X, X, W)
+    labels = (scores + 0.5 * scores.std() * torch.randn(500, 10, generator=generator, dtype=torch.float64)).argmax(1)
+    monkeypatch.setattr(factored, "FEW_PATIENCE", patience)
+    for seed in range(2):
+        head = ConvexHeadClassifier("mlp", activation="gated_relu", gates=3, beta_ratio=0.01, random_state=seed)
+        head.fit(X, labels)
+        assert head.certificate_.certified
+        assert head.certificate_.relative_gap <= head.tol
+        assert head.n_iter_ < 500

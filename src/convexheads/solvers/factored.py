@@ -82,8 +82,11 @@ SHRINKING, LEAST_SHRINKING = 5.0, 0.05
 least by this share, ..."""
 WORTH_TRIMMING = 0.8
 """... if they are so many that at most this share of the units is left."""
-PATIENCE = 2
-"""A check comes after this many times the shortest interval even if the gap is unlikely to have closed."""
+TRIMS = 3
+"""Times that fewer units are tried to be dropped where dropping them costs more than that."""
+PATIENCE, FEW_PATIENCE = 2, 4
+"""A check comes after this many times the shortest interval even if the gap is unlikely to have closed; of few samples,
+where it takes longer than an evaluation, after this many."""
 FIRST_CHECK = 10
 """Iterations from a first guess to the first check."""
 TARGET = 0.94
@@ -145,13 +148,14 @@ def recent_fall(values: list[float]) -> float:
 
 @dataclass
 class Schedule:
-    """When the gap is looked at next: no sooner than iterations have cost as much, no later than twice that.
+    """When the gap is looked at next: once iterations have cost as much, and no later than ``patience`` times that.
 
     Gap and gradient fall together, so that a gap is foreseen from the last one found and from the gradients' norms.
     ``target`` is the relative gap at which a proof is tried.
     """
 
     target: float
+    patience: int = PATIENCE
     earliest: int = 0
     latest: int = 0
     gap: float = math.inf
@@ -164,7 +168,7 @@ class Schedule:
 
     def checked(self, iteration: int, spacing: int, gap: float, norm: float) -> None:
         """A check has found the gap at a gradient of this norm; the next one is worth it ``spacing`` later."""
-        self.earliest, self.latest = iteration + spacing, iteration + PATIENCE * spacing
+        self.earliest, self.latest = iteration + spacing, iteration + self.patience * spacing
         self.gap, self.norm = gap, norm
 
     def ask_for_more(self, tol: float, estimated: float, proved: float) -> None:
@@ -453,7 +457,7 @@ class Factored:
         if self.every_worker(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        schedule = Schedule(TARGET * self.tol)
+        schedule = Schedule(TARGET * self.tol, PATIENCE if problem.n >= WARMUP_SAMPLES else FEW_PATIENCE)
         if cold:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
@@ -702,10 +706,17 @@ class Factored:
         """
         certain = max(SHRINKING * bound.relative_gap, LEAST_SHRINKING) if self.trusting else math.inf
         spare = min(TRIMMED * bound.gap, TRIMMED_FALL * fall)
-        maps = principal_units(self.problem, factors, gradient, spare, certain)
-        kept = sum(len(own) for own in maps if own is not None)
-        total = sum(own.shape[1] for own in maps if own is not None)
-        if not total or kept > WORTH_TRIMMING * total:
+        for _ in range(TRIMS):
+            maps = principal_units(self.problem, factors, gradient, spare, certain)
+            kept = sum(len(own) for own in maps if own is not None)
+            total = sum(own.shape[1] for own in maps if own is not None)
+            if not total or kept > WORTH_TRIMMING * total:
+                return None
+            if self.costs_little(optimiser.value, factors, turned(factors, maps), TRIMMED_FALL * fall):
+                break
+            # A gap that is large beside the objective says little about what units are for.
+            spare, certain = 0.1 * spare, math.inf
+        else:
             return None
         self.trimmed = True
         smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
@@ -716,6 +727,11 @@ class Factored:
             back = [None if own is None else own.mT for own in maps]
             smaller.set_inverse(lambda rows: turned_rows(inverse(turned_rows(rows, shapes, back)), factors, maps))
         return smaller, shapes
+
+    def costs_little(self, best: float, before: Factors, after: Factors, most: float) -> bool:
+        """Whether the objective ``after`` units change is at most ``most`` above ``best``, or above that ``before``."""
+        value = self.problem.value(after)
+        return value <= best + most or value <= self.problem.value(before) + most
 
     def finish(self, factors: Factors, bound: Certificate, message: str) -> Solution:
         """The solution, with its certificate, from what :meth:`slim` has returned."""
