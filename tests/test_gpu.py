@@ -28,7 +28,8 @@ from convexheads.tokens.store import TokenStore
 from convexheads.types import Factors
 from test_distributed import HEAD, torchrun
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 GPU = torch.device("cuda")
 SUM = (Case("self_attention", weight=2.5), Case("mlp", "gated_relu", weight=0.4), Case("linear", s=1, d=5, weight=3.0))
