@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,6 @@ def test_evaluations(heads: tuple[Case, ...]) -> None:
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_solvers(case: Case, loss: str, solver: str) -> None:
-    from dataclasses import replace
-
     here = make_setting(replace(case, loss=loss, n=20), beta=0.05).problem
     solve = solver_function(solver)
     # fista takes small steps only; a coarser gap tells as much.
@@ -189,7 +188,7 @@ def test_larger_chunks_than_a_processor_takes() -> None:
     assert there.chunk_rows(64) >= problem.chunk_rows(64)
 
 
-def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_without_room() -> None:
     """Statistics that do not fit are computed again from the tokens, chunk by chunk."""
     heads = (Case("self_attention", n=40),)
     here = make_setting(*heads).problem

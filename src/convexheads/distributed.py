@@ -84,6 +84,10 @@ class World:
         """The sum of a number over all workers."""
         return value
 
+    def every(self, here: bool) -> bool:
+        """Whether something holds for every worker."""
+        return self.total(0.0 if here else 1.0) == 0.0
+
     def least(self, tensor: Tensor) -> Tensor:
         """The smallest value over all workers, entry by entry."""
         return tensor
@@ -173,8 +177,7 @@ class _Workers(World):
         self._beat(0)
         threading.Thread(target=self._live, name="signs of life", daemon=True).start()
         self._previous = signal.signal(signal.SIGTERM, self._terminated) if _in_main_thread() else None
-        self._nccl = False
-        self._nccl = bool(self.least(torch.tensor([float(self._has_own_accelerator())]))[0])
+        self._nccl = self.every(self._has_own_accelerator())
 
     def _has_own_accelerator(self) -> bool:
         """NCCL takes no two workers on one GPU."""

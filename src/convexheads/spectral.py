@@ -72,7 +72,7 @@ def _below(S: Tensor, rounding: float, bound: float) -> bool:
     diagonal -= _slack(S, rounding, bound)
     if S.device.type != "cpu":
         return _has_factor(shifted)
-    info = torch.zeros((), dtype=torch.int32, device=S.device)
+    info = torch.zeros((), dtype=torch.int32)
     # The factor takes the place of the matrix, which is symmetric: by columns, as LAPACK wants it.
     torch.linalg.cholesky_ex(shifted.mT, out=(shifted.mT, info))
     return int(info) == 0

@@ -366,14 +366,18 @@ def beta_max(problem: Problem) -> float:
     )
     if work <= DENSE_WORK:
         return max(block_scale(problem, L, k) / problem.components[k].weight for k in nuclear)
-    search = BlockSubspace(problem, torch.Generator().manual_seed(0))
-    return search.top_pairs(L.to(problem.dtype), size=6, rounds=30, tol=1e-7)[0]
+    return _searched_scale(problem, L, size=6, rounds=30, tol=1e-7)
 
 
 def rough_beta_max(problem: Problem) -> float:
     """:func:`beta_max` of the nuclear branches, within some percent and in a few passes over the samples."""
+    return _searched_scale(problem, problem.null_gradient(), size=2, rounds=3, tol=0.05)
+
+
+def _searched_scale(problem: Problem, L: Tensor, size: int, rounds: int, tol: float) -> float:
+    """max_g sigma_max(A_g^* L) / w_g by a search, from below."""
     search = BlockSubspace(problem, torch.Generator().manual_seed(0))
-    return search.top_pairs(problem.null_gradient().to(problem.dtype), size=2, rounds=3, tol=0.05)[0]
+    return search.top_pairs(L.to(problem.dtype), size, rounds, tol)[0]
 
 
 def branch_scale(problem: Problem, branch: int) -> float:

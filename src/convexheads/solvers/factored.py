@@ -83,7 +83,7 @@ least by this share, ..."""
 WORTH_TRIMMING = 0.8
 """... if they are so many that at most this share of the units is left."""
 TRIMS = 3
-"""Times that fewer units are tried to be dropped where dropping them costs more than that."""
+"""Attempts at dropping units, ever fewer of them, where that costs the objective more than it has fallen."""
 PATIENCE, FEW_PATIENCE = 2, 4
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed; of few samples,
 where it takes longer than an evaluation, after this many."""
@@ -454,7 +454,7 @@ class Factored:
         if self.max_rank is not None:
             factors = largest(factors, self.max_rank)
         low = lowered(problem, factors).low
-        if self.every_worker(low is not None):
+        if problem.world.every(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
         schedule = Schedule(TARGET * self.tol, PATIENCE if problem.n >= WARMUP_SAMPLES else FEW_PATIENCE)
@@ -568,14 +568,10 @@ class Factored:
         self.free_low()
         self.low = None
 
-    def every_worker(self, here: bool) -> bool:
-        """Whether something holds for every worker."""
-        return self.problem.world.total(0.0 if here else 1.0) == 0.0
-
     def fitting(self, factors: Factors) -> bool:
         """Whether every worker has room for differences from these factors."""
         assert self.low is not None
-        return self.every_worker(fits(self.problem, factors, self.low))
+        return self.problem.world.every(fits(self.problem, factors, self.low))
 
     def adapt(
         self,
@@ -712,14 +708,15 @@ class Factored:
             total = sum(own.shape[1] for own in maps if own is not None)
             if not total or kept > WORTH_TRIMMING * total:
                 return None
-            if self.costs_little(optimiser.value, factors, turned(factors, maps), TRIMMED_FALL * fall):
+            left = turned(factors, maps)
+            if self.costs_little(optimiser.value, factors, left, TRIMMED_FALL * fall):
                 break
             # A gap that is large beside the objective says little about what units are for.
             spare, certain = 0.1 * spare, math.inf
         else:
             return None
         self.trimmed = True
-        smaller, shapes = self.optimiser(turned(factors, maps), optimiser.x.dtype)
+        smaller, shapes = self.optimiser(left, optimiser.x.dtype)
         if len(optimiser.pairs):
             smaller.pairs = optimiser.pairs.mapped(lambda vectors: turned_rows(vectors, factors, maps))
         inverse = optimiser.inverse

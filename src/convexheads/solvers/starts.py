@@ -121,7 +121,7 @@ def warmup_epochs(problem: Problem, start: Factors) -> int:
     steps, most = float(WARMUP_STEPS), MOST_EPOCHS
     # On accelerators mini-batches take about as long as all samples at once.
     low = problem.device.type == "cpu" and lowered(problem, start).low is not None
-    if problem.world.total(0.0 if low else 1.0) == 0.0:
+    if problem.world.every(low):
         steps, most = LOW_STEPS * (problem.beta / rough_beta_max(problem) / USUAL_RATIO) ** LOW_POWER, MOST_LOW_EPOCHS
     return min(most, max(LEAST_EPOCHS, round(steps * BATCH / problem.n)))
 
