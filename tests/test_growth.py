@@ -125,9 +125,9 @@ def test_slim_factors_are_looked_at_closely_however_rough_the_bound(
     looks: list[float] = []
     original = Factored.measure
 
-    def watched(self: Factored, refitted: Factors, O: torch.Tensor, *numbers: float) -> object:
+    def watched(self: Factored, refitted: Factors, O: torch.Tensor, *numbers: float, **options: int) -> object:
         looks.append(numbers[2])
-        return original(self, refitted, O, *numbers)
+        return original(self, refitted, O, *numbers, **options)
 
     monkeypatch.setattr(Factored, "measure", watched)
     slim, bound = state.slim(factors, low, 9.4e-4, sure)
@@ -135,6 +135,18 @@ def test_slim_factors_are_looked_at_closely_however_rough_the_bound(
     # What is sure, and loses nothing, is not looked at again.
     assert looks == ([] if sure else [factored.SURE])
     assert bound.relative_gap == pytest.approx(5e-4 if sure else true.relative_gap, rel=1e-3)
+
+
+def test_what_is_looked_at_closely_is_as_a_proof_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular values that cluster next to beta converge slowly: an estimate too low costs a proof that fails."""
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    found = problem(0.3, n=400)
+    factors = solver_function("factored")(found, tol=1e-9, max_iter=40, random_state=0, prove=False).factors
+    rough, _ = solver(found).estimate(factors)
+    state = solver(found)
+    slim, close = state.slim(factors, rough, 2.0 * rough.relative_gap, False)
+    proved = certify_factors(found, slim).relative_gap
+    assert close.relative_gap == pytest.approx(proved, abs=0.03 * state.tol)
 
 
 def test_slim_factors_lose_what_carries_next_to_nothing() -> None:
@@ -169,7 +181,7 @@ def test_what_may_go_never_takes_the_gap_beyond_what_is_accepted(
     factors = Factors([Units(units.u * scale, units.v * scale)], factors.intercept)
     true, _ = state.estimate(factors)
 
-    def measure(self: Factored, refitted: Factors, *rest: object) -> object:
+    def measure(self: Factored, refitted: Factors, *rest: object, **options: object) -> object:
         gap = gap_of_all if refitted.n_units == 6 else 1.02e-3
         return dataclasses.replace(true, relative_gap=gap), []
 
@@ -413,11 +425,13 @@ def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: py
     looks: list[float] = []
     original = Factored.measure
 
-    def rougher(self: Factored, factors: Factors, O: torch.Tensor, size: int, *numbers: float) -> object:
+    def rougher(
+        self: Factored, factors: Factors, O: torch.Tensor, size: int, *numbers: float, **options: int
+    ) -> object:
         precision, converged, most, *low = numbers
         looks.append(converged)
         rough = 1e9 if converged == factored.CONVERGED else converged
-        return original(self, factors, O, size, precision, rough, most, *low)
+        return original(self, factors, O, size, precision, rough, most, *low, **options)
 
     monkeypatch.setattr(Factored, "measure", rougher)
     solution = solver_function("factored")(found, tol=1e-3, prove=False, random_state=seed)

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from convexheads.architectures import Architecture, Pullback, Stats
+from convexheads.architectures import Architecture, Pullback, Stats, by_feature
 from convexheads.types import BlockShape, Units
 
 
@@ -120,11 +120,6 @@ class Component:
         if T is not None and by_feature(T):
             return (L @ v.transpose(0, 1).flatten(0, 1).mT).view(len(L), v.shape[1], v.shape[0]).mT
         return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
-
-
-def by_feature(T: Tensor) -> bool:
-    """Whether unit features (rows, m, k) lie in memory as (rows, k, m): to copy them would cost as much as products."""
-    return T.mT.is_contiguous() and not T.is_contiguous()
 
 
 def split_rows(total: int, step: int) -> Iterator[slice]:

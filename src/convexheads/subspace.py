@@ -18,6 +18,8 @@ from convexheads.types import Factors, Units
 
 DENSE_WORK = 2e10
 """Floating-point operations up to which beta_max forms every Gamma in float64, to full accuracy."""
+ROUNDS = 12
+"""Rounds that a search takes at most as a rule."""
 DENSE_SIZE = 256
 """Largest min(p, q) for which all singular values of Gamma are cheaper than a search."""
 IN_USE = 3e-4
@@ -95,8 +97,8 @@ class BlockSubspace:
         return best, pairs, ridge
 
     def _forms(self, size: int, rounds: int) -> bool:
-        """Whether forming every Gamma is cheaper than a search without them."""
-        forming, searching = self.work(size, rounds)
+        """Whether forming every Gamma is cheaper than a search without them; few take more than the usual rounds."""
+        forming, searching = self.work(size, min(rounds, ROUNDS))
         return forming <= searching
 
     def exact(self, size: int, rounds: int) -> bool:

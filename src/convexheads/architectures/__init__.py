@@ -7,6 +7,7 @@ from convexheads.architectures.base import (
     Pullback,
     Stats,
     architecture_class,
+    by_feature,
     register,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "Stats",
     "architecture_class",
     "block_fno",
+    "by_feature",
     "fno",
     "linear",
     "mixer",

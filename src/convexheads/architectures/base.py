@@ -45,6 +45,11 @@ def architecture_class(name: str) -> type[Architecture]:
     return ARCHITECTURES[name]
 
 
+def by_feature(T: Tensor) -> bool:
+    """Whether unit features (n, m, k) lie in memory as (n, k, m): to copy them would cost as much as products."""
+    return T.mT.is_contiguous() and not T.is_contiguous()
+
+
 def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
     """<selected[:, gate_j], u_j> for every unit: (n, m, 1) from selected (n, P, p), u (m, p), gate (m,) ascending.
 
@@ -202,7 +207,8 @@ class Architecture:
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
         """Features that v acts on, linear in u (of a rectified form: in |u| only).
 
-        u (m, *u_shape), gate (m,) the gate of each unit -> (n, m, k) pooled, (n, s, m, k) token-level.
+        u (m, *u_shape), gate (m,) the gate of each unit -> (n, m, k) pooled, (n, s, m, k) token-level; pooled ones
+        may lie in memory feature by feature (:func:`by_feature`), and then a cotangent of them comes that way, too.
         """
         H = self.hidden(stats[0], u)
         if gate is not None:

@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, gated_forms_adjoint, register
+from convexheads.architectures.base import (
+    Architecture,
+    Pullback,
+    Stats,
+    by_feature,
+    gated_forms,
+    gated_forms_adjoint,
+    register,
+)
 
 
 class _Square(Architecture):
@@ -54,16 +62,23 @@ class PooledLinearSelfAttention(_Pooled):
         return X.mean(1), X.mT @ X
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
+        # Feature by feature, (n, d, m): units are more than features where products are small, or as many, and batched
+        # products of narrow matrices are slow. G is symmetric.
         mean, gram = stats
         m, d = u.shape[0], self.features
-        mixed = (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d)
-        return mixed @ gram
+        mixed = (mean @ u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
+        return (gram @ mixed).mT
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         mean, gram = stats
         m, d = u.shape[0], self.features
-        # G is symmetric.
-        return lambda cotangent: (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            if by_feature(cotangent):
+                return (mean.mT @ (gram @ cotangent.mT).view(-1, d * m)).view(d, d, m).permute(2, 0, 1)
+            return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
+
+        return pull
 
     def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         mean, gram = stats

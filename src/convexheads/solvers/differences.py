@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.operator import by_feature
+from convexheads.architectures import by_feature
 from convexheads.problem import Problem
 from convexheads.solvers.units import Placement
 from convexheads.types import Factors

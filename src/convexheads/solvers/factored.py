@@ -45,7 +45,7 @@ from convexheads.solvers.units import (
     unit_sizes,
 )
 from convexheads.solvers.warmup import lowered
-from convexheads.subspace import BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
+from convexheads.subspace import ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 30
@@ -95,8 +95,8 @@ ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 CONVERGED = 0.1
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
-SURE = 0.03
-"""The same where the tolerance seems to be reached."""
+SURE, SURE_ROUNDS = 0.01, 24
+"""The same where the tolerance seems to be reached, and the most rounds then: a proof takes longer than all of them."""
 SPARED = (0.1, 0.02)
 """Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""
 ROOM = 0.75
@@ -124,8 +124,8 @@ IDLE = 1e-2
 COLLAPSED = 1e-9
 """Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
-PAIRS, ROUNDS = 6, 12
-"""Singular pairs of a block that an estimate converges, and the rounds that it takes at most."""
+PAIRS = 6
+"""Singular pairs of a block that an estimate converges."""
 
 
 def largest_product(problem: Problem) -> float:
@@ -255,8 +255,9 @@ class Factored:
         converged: float,
         most: float,
         low: torch.dtype | None = None,
+        rounds: int = ROUNDS,
     ) -> tuple[Certificate, list[SingularPair]]:
-        """:meth:`estimate` of what :meth:`refit` has returned."""
+        """:meth:`estimate` of what :meth:`refit` has returned, by ``rounds`` of search at most."""
         problem = self.problem
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
@@ -270,7 +271,7 @@ class Factored:
 
         limit = None if math.isinf(most) else hopeless
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), size, ROUNDS, converged * precision, limit, low
+            point.L.to(problem.dtype), size, rounds, converged * precision, limit, low
         )
         return bound(sigma, ridge), pairs
 
@@ -757,7 +758,7 @@ class Factored:
 
         def close(found: Factors, most: float) -> tuple[Factors, Certificate]:
             refitted, O = self.refit(found.to(self.problem.dtype), self.exact_dtype(self.tol))
-            return refitted, self.measure(refitted, O, PAIRS, self.tol, SURE, most)[0]
+            return refitted, self.measure(refitted, O, PAIRS, self.tol, SURE, most, rounds=SURE_ROUNDS)[0]
 
         allowed = max(target / SLACK, SLACK * bound.relative_gap)
         whole = factors.to(torch.float64)

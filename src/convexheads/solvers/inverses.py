@@ -10,6 +10,8 @@ from torch import Tensor
 
 def by_group(maps: Sequence[Callable[[Tensor], Tensor]], sizes: list[int], matrix: Tensor) -> Tensor:
     """Each of ``maps`` on its own rows, ``sizes`` of them one after the other, of ``matrix`` (..., D, c)."""
+    if len(maps) == 1:
+        return maps[0](matrix)
     return torch.cat([each(part) for each, part in zip(maps, matrix.split(sizes, -2), strict=True)], -2)
 
 
@@ -24,8 +26,8 @@ class KroneckerInverse:
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply to ``matrix`` (..., a, b)."""
-        inner = self.left_vectors.mT @ matrix @ self.right_vectors
-        return self.left_vectors @ (inner * self.scale) @ self.right_vectors.mT
+        inner = (self.left_vectors.mT @ matrix @ self.right_vectors).mul_(self.scale)
+        return self.left_vectors @ (inner @ self.right_vectors.mT)
 
 
 class OutputwiseInverse:
