@@ -265,10 +265,9 @@ def test_only_rough_looks_search_in_low_precision(
     asked: list[tuple[float, bool]] = []
     original = factored.Factored.measure
 
-    def watched(self: factored.Factored, refitted: Factors, O: torch.Tensor, size: int, *rest: Any) -> object:
-        precision, _, _, low = (*rest, None)[:4]
-        asked.append((precision, low is not None))
-        return original(self, refitted, O, size, *rest)
+    def watched(self: factored.Factored, refitted: Factors, O: torch.Tensor, search: factored.Search) -> object:
+        asked.append((search.precision, search.low is not None))
+        return original(self, refitted, O, search)
 
     monkeypatch.setattr(factored.Factored, "measure", watched)
     problem = problem_of(ONE[0], n=300)

@@ -15,7 +15,7 @@ from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, preconditioner, starts
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import PAIRS, Factored, Schedule
+from convexheads.solvers.factored import PAIRS, Factored, Schedule, Search
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import random_factors, resize, second_guess
@@ -125,9 +125,9 @@ def test_slim_factors_are_looked_at_closely_however_rough_the_bound(
     looks: list[float] = []
     original = Factored.measure
 
-    def watched(self: Factored, refitted: Factors, O: torch.Tensor, *numbers: float, **options: int) -> object:
-        looks.append(numbers[2])
-        return original(self, refitted, O, *numbers, **options)
+    def watched(self: Factored, refitted: Factors, O: torch.Tensor, search: Search) -> object:
+        looks.append(search.growth)
+        return original(self, refitted, O, search)
 
     monkeypatch.setattr(Factored, "measure", watched)
     slim, bound = state.slim(factors, low, 9.4e-4, sure)
@@ -181,7 +181,7 @@ def test_what_may_go_never_takes_the_gap_beyond_what_is_accepted(
     factors = Factors([Units(units.u * scale, units.v * scale)], factors.intercept)
     true, _ = state.estimate(factors)
 
-    def measure(self: Factored, refitted: Factors, *rest: object, **options: object) -> object:
+    def measure(self: Factored, refitted: Factors, *rest: object) -> object:
         gap = gap_of_all if refitted.n_units == 6 else 1.02e-3
         return dataclasses.replace(true, relative_gap=gap), []
 
@@ -235,8 +235,8 @@ def test_rough_estimates_are_those_of_float64(loss: str, monkeypatch: pytest.Mon
         return refit(self, factors, dtype)
 
     monkeypatch.setattr(Factored, "refit", watched)
-    rough, _ = state.estimate(factors, precision=1e-2)
-    exact, _ = state.estimate(factors, precision=1e-4)
+    rough, _ = state.estimate(factors, Search(1e-2))
+    exact, _ = state.estimate(factors, Search(1e-4))
     assert dtypes == [torch.float64 if loss == "squared" else torch.float32, torch.float64]
     assert rough.primal == pytest.approx(exact.primal, rel=1e-5)
     assert rough.relative_gap == pytest.approx(exact.relative_gap, rel=1e-3)
@@ -425,13 +425,11 @@ def test_a_gap_that_seems_closed_is_looked_at_closely(seed: int, monkeypatch: py
     looks: list[float] = []
     original = Factored.measure
 
-    def rougher(
-        self: Factored, factors: Factors, O: torch.Tensor, size: int, *numbers: float, **options: int
-    ) -> object:
-        precision, converged, most, *low = numbers
-        looks.append(converged)
-        rough = 1e9 if converged == factored.CONVERGED else converged
-        return original(self, factors, O, size, precision, rough, most, *low, **options)
+    def rougher(self: Factored, refitted: Factors, O: torch.Tensor, search: Search) -> object:
+        looks.append(search.growth)
+        if search.growth == factored.CONVERGED:
+            search = dataclasses.replace(search, growth=1e9)
+        return original(self, refitted, O, search)
 
     monkeypatch.setattr(Factored, "measure", rougher)
     solution = solver_function("factored")(found, tol=1e-3, prove=False, random_state=seed)

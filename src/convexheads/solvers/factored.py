@@ -177,6 +177,28 @@ class Schedule:
         self.target = max(0.2 * self.target, 0.9 * min(self.target, estimated, tol * short))
 
 
+@dataclass(frozen=True)
+class Search:
+    """How singular values are searched for, for an estimate of the gap.
+
+    Attributes
+    ----------
+    precision : relative gap that matters.
+    size : singular pairs of a block that converge.
+    growth : of the largest singular value in a round, as a share of ``precision``, that ends the search.
+    rounds : the most rounds.
+    most : of a relative gap above it an estimate may say no more than that.
+    low : precision that factors of products may be rounded to.
+    """
+
+    precision: float
+    size: int = PAIRS
+    growth: float = CONVERGED
+    rounds: int = ROUNDS
+    most: float = math.inf
+    low: torch.dtype | None = None
+
+
 @dataclass
 class Look:
     """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs."""
@@ -208,9 +230,11 @@ class Factored:
         self.start = time.perf_counter()
         self.n_iter = 0
         self.n_proofs = 0
-        # Whether units that shrink may be dropped early, and whether any were dropped. Where there are few samples
-        # units are few and iterations cheap.
-        self.trusting, self.trimmed = problem.n >= WARMUP_SAMPLES, False
+        # Where there are few samples units are few, and iterations cheap beside checks.
+        few = problem.n < WARMUP_SAMPLES
+        self.patience = FEW_PATIENCE if few else PATIENCE
+        # Whether units that shrink may be dropped early, and whether any were dropped.
+        self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
         # The precision of products of differences, where they are worth it, and what takes them.
         self.low: torch.dtype | None = None
@@ -222,23 +246,13 @@ class Factored:
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
-    def estimate(
-        self,
-        factors: Factors,
-        size: int = PAIRS,
-        precision: float | None = None,
-        converged: float = CONVERGED,
-        most: float = math.inf,
-        low: torch.dtype | None = None,
-    ) -> tuple[Certificate, list[SingularPair]]:
+    def estimate(self, factors: Factors, search: Search | None = None) -> tuple[Certificate, list[SingularPair]]:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
-        ``precision`` is the relative gap that matters; default: the tolerance. ``converged`` is the growth of singular
-        values, as a share of it, that ends their search. Of a relative gap above ``most`` it may say no more than that.
-        ``low`` is the precision that factors of products may be rounded to in their search.
+        ``search`` : default: as close as the tolerance asks for.
         """
-        precision = self.tol if precision is None else precision
-        return self.measure(*self.refit(factors, self.exact_dtype(precision)), size, precision, converged, most, low)
+        search = Search(self.tol) if search is None else search
+        return self.measure(*self.refit(factors, self.exact_dtype(search.precision)), search)
 
     def exact_dtype(self, precision: float) -> torch.dtype:
         """What the outputs of an estimate are taken in where a relative gap of ``precision`` matters."""
@@ -246,18 +260,8 @@ class Factored:
         exact = precision < FLOAT32_GAP or self.problem.loss.constant_curvature
         return torch.float64 if exact else self.problem.dtype
 
-    def measure(
-        self,
-        refitted: Factors,
-        O: Tensor,
-        size: int,
-        precision: float,
-        converged: float,
-        most: float,
-        low: torch.dtype | None = None,
-        rounds: int = ROUNDS,
-    ) -> tuple[Certificate, list[SingularPair]]:
-        """:meth:`estimate` of what :meth:`refit` has returned, by ``rounds`` of search at most."""
+    def measure(self, refitted: Factors, O: Tensor, search: Search) -> tuple[Certificate, list[SingularPair]]:
+        """:meth:`estimate` of what :meth:`refit` has returned."""
         problem = self.problem
         point = DualPoint.at(problem, O)
         primal = point.loss + penalty(problem, refitted)
@@ -267,11 +271,11 @@ class Factored:
             return rescaled_bound(problem, point, interval, ridge, primal, refitted.intercept, 5)
 
         def hopeless(sigma: float, ridge: float) -> bool:
-            return bound(sigma, ridge).relative_gap > most
+            return bound(sigma, ridge).relative_gap > search.most
 
-        limit = None if math.isinf(most) else hopeless
+        limit = None if math.isinf(search.most) else hopeless
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), size, rounds, converged * precision, limit, low
+            point.L.to(problem.dtype), search.size, search.rounds, search.growth * search.precision, limit, search.low
         )
         return bound(sigma, ridge), pairs
 
@@ -280,7 +284,7 @@ class Factored:
         rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
         refitted, O = self.refit(factors, self.exact_dtype(rough))
         low = self.low if rough >= LOW_SEARCH else None
-        bound, pairs = self.measure(refitted, O, PAIRS, rough, CONVERGED, math.inf, low)
+        bound, pairs = self.measure(refitted, O, Search(rough, low=low))
         return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
@@ -458,7 +462,7 @@ class Factored:
         if problem.world.every(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        schedule = Schedule(TARGET * self.tol, PATIENCE if problem.n >= WARMUP_SAMPLES else FEW_PATIENCE)
+        schedule = Schedule(TARGET * self.tol, self.patience)
         if cold:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
@@ -651,7 +655,7 @@ class Factored:
         if self.max_rank is not None:
             factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * seen.bound.primal)
             room = min(room, self.max_rank - factors.n_units)
-        _, pairs = self.estimate(factors, size=self.room(factors))
+        _, pairs = self.estimate(factors, Search(self.tol, size=self.room(factors)))
         # Pairs that are hardly above beta cost units and close nothing.
         least = self.problem.beta * (1.0 + 0.1 * self.tol)
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
@@ -758,7 +762,8 @@ class Factored:
 
         def close(found: Factors, most: float) -> tuple[Factors, Certificate]:
             refitted, O = self.refit(found.to(self.problem.dtype), self.exact_dtype(self.tol))
-            return refitted, self.measure(refitted, O, PAIRS, self.tol, SURE, most, rounds=SURE_ROUNDS)[0]
+            search = Search(self.tol, growth=SURE, rounds=SURE_ROUNDS, most=most)
+            return refitted, self.measure(refitted, O, search)[0]
 
         allowed = max(target / SLACK, SLACK * bound.relative_gap)
         whole = factors.to(torch.float64)
