@@ -24,6 +24,9 @@ Curve = dict[str, list[float]]
 
 ENOUGH = 60.0
 """Seconds of measured work after which a run is not repeated any more."""
+BRIEF, MOST_RUNS = 2.0, 25
+"""Seconds of measured work up to which it is repeated in any case where a median is wanted, and the most runs for that:
+three runs of a tenth of a second say little."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Settings:
     ----------
     quick : tiny sizes, for tests: seconds instead of minutes.
     threads : processor threads of every method.
-    repeats : runs of which the median is taken; fewer where they take more than a minute together.
+    repeats : runs of which the median is taken; fewer where they take more than a minute together, and more where they
+        take less than two seconds.
     seed : of all data and starting points.
     tokens : real tokens, or None for synthetic ones of the same sizes.
     say : gets a line whenever a method starts.
@@ -179,13 +183,18 @@ def missed(reached: Check, gap: float) -> str:
 
 
 def timed(function: Callable[[], T], repeats: int) -> tuple[Timing, T]:
-    """Run repeatedly, until ``repeats`` or until a minute is spent; returns the seconds and the last result."""
+    """Run repeatedly, until ``repeats`` or until a minute is spent; returns the seconds and the last result.
+
+    Where it is to be repeated at all, what is brief is run more often.
+    """
     runs: list[float] = []
     while True:
         start = time.perf_counter()
         result = function()
         runs.append(time.perf_counter() - start)
-        if len(runs) >= repeats or sum(runs) >= ENOUGH:
+        spent = sum(runs)
+        brief = repeats > 1 and spent < BRIEF and len(runs) < MOST_RUNS
+        if spent >= ENOUGH or (len(runs) >= repeats and not brief):
             return Timing(tuple(runs)), result
 
 

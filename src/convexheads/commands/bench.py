@@ -68,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="runs/bench", metavar="FOLDER", help="where everything is written (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=common.count, default=3, metavar="N", help="runs a median is taken of (default: %(default)s)"
+        "--repeats",
+        type=common.count,
+        default=3,
+        metavar="N",
+        help="runs a median is taken of, more of brief ones (default: %(default)s)",
     )
     parser.add_argument("--threads", type=common.count, default=1, metavar="N", help="of every method (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of data, gates and starting points (default: %(default)s)")
