@@ -14,6 +14,7 @@ import torch
 from convexheads import ConvexHeadClassifier, memory, problem
 from convexheads.errors import DataError, InputError
 from convexheads.inputs import TokenRows, own_rows, shown, without_last
+from convexheads.operator import split_rows
 from convexheads.tokens.store import TokenStore
 from convexheads.tokens.transforms import PCATokens
 
@@ -202,3 +203,16 @@ def test_shares_of_an_accelerator() -> None:
     assert (small.cache, small.workspace) == (2**25, cpu.workspace)
     limited = memory.Budget.of(2**30)
     assert limited.on(torch.device("cuda")) is limited
+
+
+def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over many chunks gives pages back as fits do, and finds what one without a limit finds."""
+    X = np.random.default_rng(0).standard_normal((600, 2, 3)).astype(np.float32)
+    head = ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="32MB").fit(X, X[:, 0, 0] > 0)
+    trims: list[int] = []
+    monkeypatch.setattr(memory, "trim", lambda: trims.append(1))
+    monkeypatch.setattr("convexheads.estimators.split_rows", lambda total, step: split_rows(total, 10))
+    limited = head.logits(X)
+    assert len(trims) == 60 // problem.TRIM_CHUNKS
+    np.testing.assert_allclose(limited, head.set_params(memory_limit=None).logits(X), rtol=1e-6, atol=1e-7)
+    assert len(trims) == 60 // problem.TRIM_CHUNKS

@@ -18,6 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
+from torch import Tensor
 
 from convexheads import distributed, memory
 from convexheads.architectures import architecture_class
@@ -27,7 +28,8 @@ from convexheads.errors import InputError, NotConvergedWarning, describe, requir
 from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_branch
 from convexheads.inputs import TokenRows, as_tokens, own_rows, shown
 from convexheads.losses import make_loss
-from convexheads.problem import Problem, Rows
+from convexheads.operator import split_rows
+from convexheads.problem import TRIM_CHUNKS, Problem, Rows
 from convexheads.relu import Bracket, check_cones, enumerate_gates, find_bracket
 from convexheads.solvers import Solution, solver_function
 from convexheads.solvers.polish import polish
@@ -394,12 +396,18 @@ class _ConvexHeadEstimator(BaseEstimator):
         n_units = (self._factors if self._network is None else self._network).n_units
         entries = int(np.prod(tokens.shape[1:])) * max(1, n_units)
         step = max(16 if budget.limit is None else 1, min(1024, 32 * budget.workspace // entries))
+        found: Tensor | None = None
         with torch.no_grad():
-            parts = [
-                module(tokens[i : i + step].to(weight.device, weight.dtype)).double().cpu()
-                for i in range(0, int(tokens.shape[0]), step)
-            ]
-        return torch.cat(parts).numpy()
+            for done, rows in enumerate(split_rows(int(tokens.shape[0]), step), 1):
+                part = module(tokens[rows].to(weight.device, weight.dtype)).double().cpu()
+                if found is None:
+                    # In one piece from the start: small pieces would keep the pages of what lies between them.
+                    found = part.new_empty(int(tokens.shape[0]), *part.shape[1:])
+                found[rows] = part
+                if budget.limit is not None and done % TRIM_CHUNKS == 0:
+                    memory.trim()
+        assert found is not None
+        return found.numpy()
 
     def _check_tokens(self, shape: tuple[int, ...]) -> None:
         if shape[2] != self.n_features_in_:
