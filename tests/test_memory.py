@@ -213,6 +213,6 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(memory, "trim", lambda: trims.append(1))
     monkeypatch.setattr("convexheads.estimators.split_rows", lambda total, step: split_rows(total, 10))
     limited = head.logits(X)
-    assert len(trims) == 60 // problem.TRIM_CHUNKS
+    assert len(trims) == 60 // memory.TRIM_CHUNKS
     np.testing.assert_allclose(limited, head.set_params(memory_limit=None).logits(X), rtol=1e-6, atol=1e-7)
-    assert len(trims) == 60 // problem.TRIM_CHUNKS
+    assert len(trims) == 60 // memory.TRIM_CHUNKS

@@ -29,7 +29,7 @@ from convexheads.heads import Block, Branch, ConvexHead, canonical_blocks, make_
 from convexheads.inputs import TokenRows, as_tokens, own_rows, shown
 from convexheads.losses import make_loss
 from convexheads.operator import split_rows
-from convexheads.problem import TRIM_CHUNKS, Problem, Rows
+from convexheads.problem import Problem, Rows
 from convexheads.relu import Bracket, check_cones, enumerate_gates, find_bracket
 from convexheads.solvers import Solution, solver_function
 from convexheads.solvers.polish import polish
@@ -398,14 +398,12 @@ class _ConvexHeadEstimator(BaseEstimator):
         step = max(16 if budget.limit is None else 1, min(1024, 32 * budget.workspace // entries))
         found: Tensor | None = None
         with torch.no_grad():
-            for done, rows in enumerate(split_rows(int(tokens.shape[0]), step), 1):
+            for rows in budget.passing(split_rows(int(tokens.shape[0]), step)):
                 part = module(tokens[rows].to(weight.device, weight.dtype)).double().cpu()
                 if found is None:
                     # In one piece from the start: small pieces would keep the pages of what lies between them.
                     found = part.new_empty(int(tokens.shape[0]), *part.shape[1:])
                 found[rows] = part
-                if budget.limit is not None and done % TRIM_CHUNKS == 0:
-                    memory.trim()
         assert found is not None
         return found.numpy()
 

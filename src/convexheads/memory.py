@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -35,6 +35,8 @@ DEVICE_WORKSPACE = 2**26
 processor's cache."""
 SMALLEST = 8 * 2**20
 """Bytes below which a limit is refused: no chunk of anything would fit."""
+TRIM_CHUNKS = 16
+"""Chunks after which freed memory goes back to the system, where it is limited."""
 ROOM_LEFT = 2**30
 """Bytes that a temporary file leaves free on its disk."""
 
@@ -188,6 +190,13 @@ class Budget:
             return self
         free, _ = torch.cuda.mem_get_info(device)
         return self.sharing(free)
+
+    def passing(self, parts: Iterable[slice]) -> Iterator[slice]:
+        """The parts of a pass over samples; with a limit pages are given back after every few of them."""
+        for done, part in enumerate(parts, 1):
+            yield part
+            if self.limit is not None and done % TRIM_CHUNKS == 0:
+                trim()
 
     def sharing(self, free: int) -> Budget:
         """The same with the statistics and temporaries that suit an accelerator with so many free bytes."""

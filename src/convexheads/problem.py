@@ -54,8 +54,6 @@ CHORD = 0.2
 """... by one Hessian as long as each leaves no more than this share of the gradient."""
 NEGLIGIBLE = 1e-28
 """Share of the mean squared target that an objective is rounding below: a multiple of eps squared."""
-TRIM_CHUNKS = 16
-"""Chunks after which freed memory goes back to the system, where it is limited."""
 
 
 class KeptRows(Protocol):
@@ -323,10 +321,10 @@ class Problem:
         return index[place] - self.start, place
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        for done, index in enumerate(split_rows(self.local, self.pass_rows(dtype, n_units, cached)), 1):
+        for index in self.budget.passing(split_rows(self.local, self.pass_rows(dtype, n_units, cached))):
             yield index, self.stats_of(index, dtype, cached)
-            if self.budget.limit is not None and (done % TRIM_CHUNKS == 0 or index.stop == self.local):
-                memory.trim()
+        if self.budget.limit is not None:
+            memory.trim()
 
     # Forward ----------------------------------------------------------------------------------------------
 

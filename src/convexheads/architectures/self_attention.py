@@ -62,8 +62,8 @@ class PooledLinearSelfAttention(_Pooled):
         return X.mean(1), X.mT @ X
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        # Feature by feature, (n, d, m): units are more than features where products are small, or as many, and batched
-        # products of narrow matrices are slow. G is symmetric.
+        # Feature by feature, (n, d, m): batched products of narrow matrices are slow, and of d and m the latter is
+        # larger where d is small. G is symmetric.
         mean, gram = stats
         m, d = u.shape[0], self.features
         mixed = (mean @ u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
@@ -74,6 +74,7 @@ class PooledLinearSelfAttention(_Pooled):
         m, d = u.shape[0], self.features
 
         def pull(cotangent: Tensor) -> Tensor:
+            # Those of a search come unit by unit and are few: to turn them would cost up to twice the product.
             if by_feature(cotangent):
                 return (mean.mT @ (gram @ cotangent.mT).view(-1, d * m)).view(d, d, m).permute(2, 0, 1)
             return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)
