@@ -216,3 +216,32 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert len(trims) == 60 // memory.TRIM_CHUNKS
     np.testing.assert_allclose(limited, head.set_params(memory_limit=None).logits(X), rtol=1e-6, atol=1e-7)
     assert len(trims) == 60 // memory.TRIM_CHUNKS
+
+
+def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a fit with a limit, and where the C library knows no such setting."""
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "_library", lambda name: lambda *args: calls.append(args))
+    X = np.random.default_rng(0).standard_normal((1200, 2, 3)).astype(np.float32)
+    y = X[:, 0, 0] > 0
+    kept = [(memory.M_MMAP_THRESHOLD, memory.MOST_MAPPED), (memory.M_TRIM_THRESHOLD, memory.MOST_KEPT)]
+    left = [(memory.M_TRIM_THRESHOLD, 2 * memory.MOST_MAPPED)]
+    ConvexHeadClassifier("mixer", beta_ratio=0.3).fit(X, y)
+    assert calls == kept + left
+    calls.clear()
+    ConvexHeadClassifier("mixer", beta_ratio=0.3).fit(X[:900], y[:900])
+    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="64MB").fit(X, y)
+    assert not calls
+    with pytest.raises(KeyboardInterrupt), memory.keeping_pages():
+        raise KeyboardInterrupt
+    assert calls == kept + left
+    monkeypatch.setattr(memory, "_library", lambda name: None)
+    with memory.keeping_pages():
+        assert calls == kept + left
+
+
+@pytest.mark.skipif(memory._library("mallopt") is None, reason="another C library")
+def test_the_c_library_takes_these_settings() -> None:
+    setting = memory._library("mallopt")
+    assert setting(memory.M_MMAP_THRESHOLD, memory.MOST_MAPPED) == 1
+    assert setting(memory.M_TRIM_THRESHOLD, 2 * memory.MOST_MAPPED) == 1

@@ -44,7 +44,7 @@ def test_outputwise_inverse(count: int, sizes: list[int]) -> None:
     D, c = 5, 4
     bases = [torch.linalg.qr(normal(size, size, seed=size)).Q for size in sizes]
     heavy, rest = normal(c, count, D, seed=1), normal(D, c, seed=2).square()
-    inverse = OutputwiseInverse(bases, heavy, rest, 0.2, shift_free=False)
+    inverse = OutputwiseInverse(bases, heavy.clone(), rest, 0.2, shift_free=False)
     G = normal(3, D, c, seed=3)
     basis = torch.block_diag(*bases)
     for b in range(c):

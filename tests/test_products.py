@@ -11,7 +11,7 @@ import torch
 import convexheads.problem
 from contract_cases import SMALL, Case, float32_problem, random_units
 from convexheads import memory, products
-from convexheads.problem import Problem, take_rows
+from convexheads.problem import Problem, Sums, take_rows
 from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
 from convexheads.solvers import warmup
 from convexheads.solvers.preconditioner import Preconditioner
@@ -134,10 +134,52 @@ def test_chunks_are_larger_and_minibatches_whole_in_low_precision(monkeypatch: p
     parts: list[int] = []
     low.chunk_gradient = lambda *args: parts.append(len(args[2])) or 0.0  # type: ignore[method-assign,assignment]
     monkeypatch.setattr(convexheads.problem, "LEAST_LOW_ROWS", 1)
+    monkeypatch.setattr(convexheads.problem, "FEWEST_ROWS", 1)
     low.chunk_rows = lambda *args, **kwargs: 2  # type: ignore[method-assign]
     list(warmup.minibatches(low, factors, 4, torch.Generator().manual_seed(0)))
     whole, left = divmod(problem.n, 4)
     assert parts == [4] * whole + [left] * (left > 0)
+
+
+def test_temporaries_of_a_chunk_are_blocks_whose_pages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(replace(SOME[0], n=200))
+    assert problem.wide_products
+    width = max(component.form.workspace for component in problem.components)
+    few, many = 1, memory.MOST_MAPPED // (width * 400)
+    for dtype, least in (
+        (torch.float32, convexheads.problem.LEAST_ROWS),
+        (torch.bfloat16, convexheads.problem.LEAST_LOW_ROWS),
+    ):
+        assert problem.pass_rows(dtype, few) >= least
+        rows = problem.pass_rows(dtype, many)
+        assert convexheads.problem.FEWEST_ROWS <= rows < least
+        if rows > convexheads.problem.FEWEST_ROWS:
+            assert rows * width * many * dtype.itemsize < memory.MOST_MAPPED
+
+
+def test_sums_keep_the_layout_of_their_parts_and_write_to_none_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    into, other = torch.zeros(3, 2, 4), torch.ones(5)
+    parts = [torch.randn(4, 2, 3, generator=generator).permute(2, 1, 0) for _ in range(4)]
+    before = [part.clone() for part in parts]
+    sums = Sums()
+    for part in parts:
+        sums.add(into, part)
+    sums.add(into[:2], parts[0][:2].to(torch.bfloat16))
+    sums.add(into[:2], parts[1][:2].to(torch.bfloat16))
+    sums.add(other, torch.ones(5))
+    assert not bool(into.any())
+    held = sums._held[into.data_ptr(), into.shape][1]
+    assert held.stride() == parts[0].stride()
+    assert held.dtype == into.dtype
+    sums.close()
+    expected = sum(before)
+    expected[:2] += parts[0][:2].bfloat16().float() + parts[1][:2].bfloat16().float()
+    torch.testing.assert_close(into, expected)
+    assert other.tolist() == [2.0] * 5
+    assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
+    sums.close()
+    torch.testing.assert_close(into, expected)
 
 
 @pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([4, 0, 4]), torch.tensor([], dtype=torch.long)])

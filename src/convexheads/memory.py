@@ -40,6 +40,12 @@ TRIM_CHUNKS = 16
 ROOM_LEFT = 2**30
 """Bytes that a temporary file leaves free on its disk."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's settings (mallopt(3)): the free bytes from which the end of the heap is given back, and ..."""
+MOST_MAPPED = 32 * 2**20
+"""... the size from which a block is mapped by itself; this is the largest that is taken."""
+MOST_KEPT = 2**31 - 1
+
 _UNITS = {"": 1, "B": 1} | {
     unit + suffix: base**power
     for power, unit in enumerate("KMGT", 1)
@@ -137,16 +143,40 @@ def trim() -> None:
         _TRIM(0)
 
 
-def _find_trim() -> Any:
+@contextlib.contextmanager
+def keeping_pages(worth: bool = True) -> Iterator[None]:
+    """Within it the C library keeps the pages of freed blocks for the next ones (glibc), unless a limit is in force.
+
+    Nothing changes where it is not ``worth`` it.
+
+    It would give them back whenever some megabytes are free at the end of its heap, and map every larger block anew:
+    in passes over chunks of samples the system then clears as many pages as the temporaries of all chunks have.
+    """
+    setting = _library("mallopt") if worth and current().limit is None else None
+    if setting is None:
+        yield
+        return
+    # Neither can be read: what is left behind is the most that the library arrives at by itself.
+    setting(M_MMAP_THRESHOLD, MOST_MAPPED)
+    setting(M_TRIM_THRESHOLD, MOST_KEPT)
+    try:
+        yield
+    finally:
+        setting(M_TRIM_THRESHOLD, 2 * MOST_MAPPED)
+        trim()
+
+
+def _library(name: str) -> Any:
+    """A function of the C library that only glibc has; None elsewhere."""
     if sys.platform != "linux":
         return None
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):  # another C library
         return None
 
 
-_TRIM = _find_trim()
+_TRIM = _library("malloc_trim")
 
 
 # The limit ------------------------------------------------------------------------------------------------

@@ -37,10 +37,11 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-LEAST_ROWS, LEAST_LOW_ROWS = 256, 512
-"""Samples a chunk at least of heads whose evaluation is products: of numbers of four bytes, and of fewer, ..."""
+LEAST_ROWS, LEAST_LOW_ROWS, FEWEST_ROWS = 512, 1024, 256
+"""Samples a chunk at least of heads whose evaluation is products: of numbers of four bytes, and of fewer. Only the
+last is sure where temporaries of so many would be blocks that are mapped anew each time."""
 LOW_ROWS = 2.5
-"""... of which a chunk has so many times as many."""
+"""Elsewhere a chunk of numbers of fewer bytes has so many times as many."""
 MOST_ROWS = 8192
 GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
@@ -84,6 +85,35 @@ def positive(beta: float) -> float:
         fix = "A share of beta_max is zero where targets are constant or gates shut all tokens out: give beta itself."
         raise InputError("beta: " + describe(repr(float(beta)), "a positive number", fix))
     return float(beta)
+
+
+class Sums:
+    """Sums of what the chunks of a pass add to the same tensors, in the layout in which products leave it.
+
+    To turn every part over and write it to where it belongs takes up to a tenth of an evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.Size], tuple[Tensor, Tensor, bool]] = {}
+
+    def add(self, into: Tensor, part: Tensor) -> None:
+        """Add ``part``, of any precision, to ``into`` as soon as the pass is over."""
+        key = into.data_ptr(), into.shape
+        if key not in self._held:
+            # It may be a view of what others hold: only sums are written to.
+            self._held[key] = into, part, False
+            return
+        _, total, own = self._held[key]
+        if own:
+            total += part
+        else:
+            self._held[key] = into, total.to(into.dtype) + part, True
+
+    def close(self) -> None:
+        """The pass is over."""
+        for into, total, _ in self._held.values():
+            into += total
+        self._held.clear()
 
 
 class Problem:
@@ -298,7 +328,9 @@ class Problem:
         low = dtype.itemsize < 4
         least = 0
         if self.wide_products:
-            least = LEAST_LOW_ROWS if low else LEAST_ROWS
+            bytes_each = max(c.form.workspace for c in self.components) * n_units * dtype.itemsize
+            lasting = (memory.MOST_MAPPED - 1) // max(1, bytes_each)
+            least = max(FEWEST_ROWS, min(LEAST_LOW_ROWS if low else LEAST_ROWS, lasting))
         return max(int(LOW_ROWS * rows) if low else rows, least)
 
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
@@ -382,9 +414,10 @@ class Problem:
         targets: Tensor,
         weights: Tensor,
         gradient: Factors,
+        sums: Sums,
         keep: Callable[[list[Tensor], Tensor, Tensor], None] | None = None,
     ) -> float:
-        """Add the loss gradient of some samples to ``gradient``; returns their loss.
+        """Add the loss gradient of some samples to ``gradient``, that of units by way of ``sums``; returns their loss.
 
         ``stats`` are in the precision of the products. ``keep`` is shown the unit features of every component, the
         outputs and the gradient of the loss with respect to these.
@@ -403,16 +436,18 @@ class Problem:
             gradient.intercept += L.sum(0)
         L = L if self.low is None else L.to(self.low)
         for component, units, (T, pull), g in zip(self.components, every, parts, gradient.units, strict=True):
-            self._pull(component, units, T, pull, L, g)
+            self._pull(component, units, T, pull, L, g, sums)
         return loss
 
     @staticmethod
-    def _pull(component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units) -> None:
+    def _pull(
+        component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units, sums: Sums
+    ) -> None:
         """Add the adjoint of one component at L, applied to both factors of its units."""
         part = L[:, component.outputs]
-        into.v += component.adjoint_v(T, part)
+        sums.add(into.v, component.adjoint_v(T, part))
         if pull is not None and into.u is not None:
-            into.u += pull(component.adjoint_features(T, units.v, part))
+            sums.add(into.u, pull(component.adjoint_features(T, units.v, part)))
 
     def add_decay(self, factors: Factors, gradient: Factors) -> None:
         """Add the gradient of the weight decay."""
@@ -429,10 +464,11 @@ class Problem:
     def flat_value_and_gradient(self, shapes: Factors, x: Tensor) -> tuple[float, Tensor]:
         """The same at the variables ``x``, one vector of the ``shapes`` of factors; the gradient is one as well."""
         factors, flat = shapes.like(x), torch.zeros_like(x)
-        gradient = shapes.like(flat)
+        gradient, sums = shapes.like(flat), Sums()
         total = 0.0
         for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
-            total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient)
+            total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient, sums)
+        sums.close()
         total, flat = self.summed(total, flat)
         return total + self.flat_decay(shapes, x, flat), flat
 
@@ -564,18 +600,20 @@ class Problem:
         count = max(1, sum(each.v.shape[0] for each in units))
         if low is not None and self.in_low_precision(low) is not self:
             dtype, L, units = low, L.to(low), [each.to(low) for each in units]
+        sums = Sums()
         for index, stats in self.chunks(dtype, count):
             rows = L[index].reshape(-1, self.outputs)
             for component, stat, each, into in zip(self.components, stats, units, found, strict=True):
                 if not only(component) or not len(each.v):
                     continue
                 if sides == "right" or each.u is None:
-                    into.v += component.adjoint_v(component.features(stat, each), rows[:, component.outputs])
+                    sums.add(into.v, component.adjoint_v(component.features(stat, each), rows[:, component.outputs]))
                     continue
                 if sides == "both":
-                    self._pull(component, each, *component.features_and_pullback(stat, each), rows, into)
+                    self._pull(component, each, *component.features_and_pullback(stat, each), rows, into, sums)
                 elif into.u is not None:
-                    into.u += component.adjoint_u(stat, each, rows[:, component.outputs])
+                    sums.add(into.u, component.adjoint_u(stat, each, rows[:, component.outputs]))
+        sums.close()
         return self._summed_units(found)
 
     def _summed_units(self, units: Sequence[Units]) -> list[Units]:

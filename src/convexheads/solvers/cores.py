@@ -145,7 +145,8 @@ class Core:
         sampled = torch.cat([self.left.new_zeros(0, len(self.candidates) + outputs), *self.sampled])
         del self.sampled
         curvature = sampled.new_full((self.side**2,), torch.inf)
-        curvature[self.candidates] = world.sum(sampled.square().sum(0))[: len(self.candidates)]
+        squares = torch.linalg.vector_norm(sampled, dim=0).square()
+        curvature[self.candidates] = world.sum(squares)[: len(self.candidates)]
         # Both of (r, s) and (s, r), or neither.
         square = curvature.view(self.side, self.side)
         softest = torch.minimum(square, square.mT).flatten()[self.candidates]

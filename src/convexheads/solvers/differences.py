@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures import by_feature
-from convexheads.problem import Problem
+from convexheads.problem import Problem, Sums
 from convexheads.solvers.units import Placement
 from convexheads.types import Factors
 
@@ -105,7 +105,7 @@ class Differences:
     def _refer(self, x: Tensor) -> tuple[float, Tensor]:
         """Loss and its gradient of the samples here at ``x``, which becomes the reference."""
         problem, factors, flat = self.problem, self.shapes.like(x), torch.zeros_like(x)
-        gradient, total = self.shapes.like(flat), 0.0
+        gradient, sums, total = self.shapes.like(flat), Sums(), 0.0
         kept: list[Kept] = []
         self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
         self.residuals = torch.empty_like(self.outputs)
@@ -118,14 +118,15 @@ class Differences:
                     each.write(index, T)
                 self.outputs[index], self.residuals[index] = O, L
 
-            total += problem.chunk_gradient(factors, stats, *problem.targets_of(index, x.dtype), gradient, keep)
+            total += problem.chunk_gradient(factors, stats, *problem.targets_of(index, x.dtype), gradient, sums, keep)
+        sums.close()
         self.features = kept
         return total, flat
 
     def _differ(self, x: Tensor) -> tuple[float, Tensor]:
         """Loss of the samples here at ``x``, and the change of its gradient since the reference."""
         problem, low, flat = self.problem, self.low, torch.zeros_like(x)
-        change, total = self.shapes.like(flat), 0.0
+        change, sums, total = self.shapes.like(flat), Sums(), 0.0
         moved = self.shapes.like(x - self.reference)
         steps = [units.to(low) for units in moved.units]
         values = [units.v.to(low) for units in self.shapes.like(x).units]
@@ -155,10 +156,11 @@ class Differences:
                 problem.components, steps, values, parts, change.units, strict=True
             ):
                 own = component.outputs
-                g.v[: T_0.shape[1]] += component.adjoint_v(T_0, moves[:, own])
+                sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[:, own]))
                 if pull is None or g.u is None:
                     continue
-                g.v += component.adjoint_v(T, L[:, own])
+                sums.add(g.v, component.adjoint_v(T, L[:, own]))
                 both = torch.cat([moves[:, own], L_0[:, own]], 1)
-                g.u += pull(component.adjoint_features(T, torch.cat([v, step.v], 2), both))
+                sums.add(g.u, pull(component.adjoint_features(T, torch.cat([v, step.v], 2), both)))
+        sums.close()
         return total, flat

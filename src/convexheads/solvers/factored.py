@@ -25,6 +25,7 @@ from convexheads.certificate import (
     penalty,
     rescaled_bound,
 )
+from convexheads.memory import keeping_pages
 from convexheads.problem import Problem
 from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
@@ -818,7 +819,8 @@ def solve_factored(
     prove : False ends with an estimated gap, not certified, and saves the time of the proof: for the steps of a path.
     resumed : whether ``init`` is where a solve of this very problem was: then no new units are tried first.
     """
-    with fast_products(largest_product(problem)):
+    # A fit of few samples has no large temporaries, and takes less than giving pages back.
+    with keeping_pages(problem.n >= WARMUP_SAMPLES), fast_products(largest_product(problem)):
         state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
         if init is not None and resumed:
             return state.run(init.to(problem.dtype))

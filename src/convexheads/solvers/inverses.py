@@ -42,7 +42,8 @@ class OutputwiseInverse:
     Parameters
     ----------
     bases : orthonormal columns (D_g, D_g) of each group of features; D = sum of D_g.
-    heavy : heavy rows in these bases times the roots of their curvature, (c, r, D): exact across groups, too.
+    heavy : heavy rows in these bases times the roots of their curvature, (c, r, D): exact across groups, too. They are
+        written over.
     rest : diagonal of the moment of all other rows in these bases, (D, c).
     damping : added to every eigenvalue.
     shift_free : whether the loss does not see a common shift of all outputs.
@@ -54,11 +55,13 @@ class OutputwiseInverse:
         self.sizes = [len(basis) for basis in bases]
         self.damping, self.shift_free = damping, shift_free
         self.root = (rest.clamp_min(0) + damping).rsqrt()
-        scaled = heavy * self.root.mT[:, None]
+        scaled = heavy.mul_(self.root.mT[:, None])
         inner = scaled @ scaled.mT
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
-        # (I + K^T K)^{-1} = I - K^T (I + K K^T)^{-1} K; the Cholesky factor of what is inverted is taken into K.
-        self.heavy = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled, upper=False)
+        # (I + K^T K)^{-1} = I - K^T (I + K K^T)^{-1} K; the Cholesky factor of what is inverted is taken into K. By its
+        # inverse: triangular solves of so wide a right side take several times as long as a product.
+        unit = torch.eye(scaled.shape[1], dtype=scaled.dtype, device=scaled.device)
+        self.heavy = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), unit, upper=False) @ scaled
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply to ``matrix`` (k, D, c)."""

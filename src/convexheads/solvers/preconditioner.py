@@ -386,8 +386,9 @@ class VBlocks:
         root = heavy.root[self.component.outputs]
         mean, square = world.sum_all([self.means, self.squares])
         mean = mean / total if self.centred else torch.zeros_like(mean)
-        rows = world.sum((self.heavy - mean.mT[:, None]) * root[..., None])
-        rest = square - total * mean.square() - rows.square().sum(1).mT
+        # In place: these are the largest arrays of all, and fresh pages cost more than what is done with them.
+        rows = world.sum(self.heavy.sub_(mean.mT[:, None]).mul_(root[..., None]))
+        rest = square - total * mean.square() - torch.linalg.vector_norm(rows, dim=1).square().mT
         # One for all groups: heavy rows couple them.
         self.inverse = OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)
         self.mean = by_group([basis.matmul for basis in self.bases], self.sizes, mean) if self.centred else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from convexheads.problem import Problem
+from convexheads.problem import Problem, Sums
 from convexheads.products import low_precision
 from convexheads.types import Factors
 
@@ -40,11 +40,12 @@ def minibatches(problem: Problem, variables: Factors, size: int, generator: torc
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
     for index in order.split(size):
         flat = torch.zeros_like(variables.flat())
-        gradient = variables.like(flat)
+        gradient, sums = variables.like(flat), Sums()
         for part in problem.own_samples(index)[0].split(most):
             stats = problem.stats_of(part, problem.low or dtype)
             targets, weights = problem.targets_of(part, dtype)
-            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient)
+            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient, sums)
+        sums.close()
         gradient = variables.like(problem.summed(0.0, flat)[1])
         problem.add_decay(variables, gradient)
         yield gradient
