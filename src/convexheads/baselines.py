@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convexheads import memory
 from convexheads.errors import InputError, describe
 from convexheads.inputs import TokenRows, as_tokens
+from convexheads.operator import split_rows
 
 BASELINES: dict[str, type[Baseline]] = {}
 Tokens = Tensor | TokenRows
@@ -139,8 +141,8 @@ def take(X: Tokens, rows: np.ndarray) -> Tensor:
 
 def mean_tokens(X: Tokens, rows: np.ndarray) -> np.ndarray:
     """Mean token of some samples, (rows, d) in float64."""
-    parts = [take(X, rows[i : i + CHUNK]).double().mean(1) for i in range(0, len(rows), CHUNK)]
-    return torch.cat(parts).numpy()
+    parts = split_rows(len(rows), CHUNK)
+    return memory.current().gathered(parts, lambda part: take(X, rows[part]).double().mean(1)).numpy()
 
 
 @register
@@ -241,11 +243,14 @@ class TorchBaseline(Baseline):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, X: Tokens, rows: np.ndarray) -> np.ndarray:
         device = next(model.parameters()).device
-        parts = [
-            model(take(X, rows[i : i + CHUNK]).to(device, torch.float32)).double().cpu()
-            for i in range(0, len(rows), CHUNK)
-        ]
-        return torch.cat(parts).numpy()
+        return (
+            memory.current()
+            .gathered(
+                split_rows(len(rows), CHUNK),
+                lambda part: model(take(X, rows[part]).to(device, torch.float32)).double().cpu(),
+            )
+            .numpy()
+        )
 
 
 def moments(X: Tokens, rows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from convexheads.gates import ACTIVATIONS
 from convexheads.heads import Branch, ConvexHead, group_form, make_branch
 from convexheads.inputs import TokenRows, as_tokens, shown
 from convexheads.losses import make_loss
-from convexheads.operator import Component
+from convexheads.operator import Component, split_rows
 from convexheads.problem import Problem, Rows
 from convexheads.targets import encode_targets
 from convexheads.types import Factors, Units
@@ -178,11 +178,11 @@ def _module_rows(X: Any, view: nn.Module) -> Rows:
     step = max(1, 2**24 // (int(tokens.shape[1]) * int(tokens.shape[2])))
     try:
         with torch.no_grad():
-            parts = [view(tokens[i : i + step].double()) for i in range(0, int(tokens.shape[0]), step)]
+            parts = split_rows(int(tokens.shape[0]), step)
+            return memory.current().gathered(parts, lambda rows: view(tokens[rows].double()))
     except (RuntimeError, IndexError) as error:
         got = f"tokens of shape {tuple(tokens.shape[1:])}, which the module's view cannot take ({error})"
         raise InputError("X: " + describe(got, "the tokens that the module was made for")) from error
-    return torch.cat(parts)
 
 
 def _check_tokens(branch: Branch, rows: Rows | Tensor | TokenRows) -> None:

@@ -18,7 +18,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _get_feature_names, check_is_fitted, column_or_1d
-from torch import Tensor
 
 from convexheads import distributed, memory
 from convexheads.architectures import architecture_class
@@ -396,16 +395,11 @@ class _ConvexHeadEstimator(BaseEstimator):
         n_units = (self._factors if self._network is None else self._network).n_units
         entries = int(np.prod(tokens.shape[1:])) * max(1, n_units)
         step = max(16 if budget.limit is None else 1, min(1024, 32 * budget.workspace // entries))
-        found: Tensor | None = None
         with torch.no_grad():
-            for rows in budget.passing(split_rows(int(tokens.shape[0]), step)):
-                part = module(tokens[rows].to(weight.device, weight.dtype)).double().cpu()
-                if found is None:
-                    # In one piece from the start: small pieces would keep the pages of what lies between them.
-                    found = part.new_empty(int(tokens.shape[0]), *part.shape[1:])
-                found[rows] = part
-        assert found is not None
-        return found.numpy()
+            return budget.gathered(
+                split_rows(int(tokens.shape[0]), step),
+                lambda rows: module(tokens[rows].to(weight.device, weight.dtype)).double().cpu(),
+            ).numpy()
 
     def _check_tokens(self, shape: tuple[int, ...]) -> None:
         if shape[2] != self.n_features_in_:

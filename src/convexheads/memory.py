@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -227,6 +227,19 @@ class Budget:
             yield part
             if self.limit is not None and done % TRIM_CHUNKS == 0:
                 trim()
+
+    def gathered(self, parts: Iterable[slice], rows: Callable[[slice], Tensor]) -> Tensor:
+        """What ``rows`` gives for the parts of a pass, at least one and consecutive from 0 on, in one tensor.
+
+        In one piece from the start: small ones that are kept would keep the pages of what lies between them, too.
+        """
+        every = list(parts)
+        first = rows(every[0])
+        found = first.new_empty(every[-1].stop, *first.shape[1:])
+        found[every[0]] = first
+        for part in self.passing(every[1:]):
+            found[part] = rows(part)
+        return found
 
     def sharing(self, free: int) -> Budget:
         """The same with the statistics and temporaries that suit an accelerator with so many free bytes."""
