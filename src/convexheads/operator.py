@@ -17,6 +17,9 @@ from torch import Tensor
 from convexheads.architectures import Architecture, Pullback, Stats, by_feature
 from convexheads.types import BlockShape, Units
 
+WORTH_TURNING, WIDER = 2**14, 4
+"""A cotangent of so many numbers is copied to be the first factor of a product with so many times as many."""
+
 
 @dataclass
 class Component:
@@ -110,10 +113,12 @@ class Component:
 
     def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to v: (m, k, c)."""
+        # L first: libraries copy a transposed first factor, and L is the smaller one. Their own copies take longer.
+        worth = L.numel() >= WORTH_TURNING and T.numel() >= WIDER * L.numel()
+        turned = L.mT.contiguous() if worth else L.mT
         if by_feature(T):
-            return (L.mT @ T.mT.flatten(1)).mT.view(T.shape[2], T.shape[1], L.shape[1]).transpose(0, 1)
-        # L first: libraries copy a transposed first factor, and L is the smaller one.
-        return (L.mT @ T.flatten(1)).mT.view(T.shape[1], T.shape[2], L.shape[1])
+            return (turned @ T.mT.flatten(1)).mT.view(T.shape[2], T.shape[1], L.shape[1]).transpose(0, 1)
+        return (turned @ T.flatten(1)).mT.view(T.shape[1], T.shape[2], L.shape[1])
 
     def adjoint_features(self, T: Tensor | None, v: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to the features T: (rows, m, k), in the layout of T if it is at hand."""

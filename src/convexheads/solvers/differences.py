@@ -130,6 +130,7 @@ class Differences:
         moved = self.shapes.like(x - self.reference)
         steps = [units.to(low) for units in moved.units]
         values = [units.v.to(low) for units in self.shapes.like(x).units]
+        both = [torch.cat([v, step.v], 2) for v, step in zip(values, steps, strict=True)]
         for index, stats in problem.chunks(low, max(1, moved.n_units)):
             targets, weights = problem.targets_of(index, x.dtype)
             O, L_0 = self.outputs[index].clone(), self.residuals[index]
@@ -152,15 +153,13 @@ class Differences:
             if change.intercept is not None:
                 change.intercept += moves.sum(0)
             L, L_0, moves = L.to(low), L_0.to(low), moves.to(low)
-            for component, step, v, (T, pull, T_0), g in zip(
-                problem.components, steps, values, parts, change.units, strict=True
-            ):
+            for component, v, (T, pull, T_0), g in zip(problem.components, both, parts, change.units, strict=True):
                 own = component.outputs
                 sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[:, own]))
                 if pull is None or g.u is None:
                     continue
                 sums.add(g.v, component.adjoint_v(T, L[:, own]))
-                both = torch.cat([moves[:, own], L_0[:, own]], 1)
-                sums.add(g.u, pull(component.adjoint_features(T, torch.cat([v, step.v], 2), both)))
+                cotangent = torch.cat([moves[:, own], L_0[:, own]], 1)
+                sums.add(g.u, pull(component.adjoint_features(T, v, cotangent)))
         sums.close()
         return total, flat
