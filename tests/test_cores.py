@@ -210,8 +210,8 @@ def test_far_from_an_optimum_and_on_cheap_problems_there_are_none() -> None:
     state = factored.Factored(problem, 1e-3, 10, None, 0, None)
     factors = random_units(problem)
     bound, _ = state.estimate(factors)
-    assert not state.worth_softening(factors, None, 0.0, False)
-    assert not state.worth_softening(factors, replace(bound, relative_gap=0.01), 0.0, False)
+    assert not state.worth_softening(factors, None, [], False)
+    assert not state.worth_softening(factors, replace(bound, relative_gap=0.01), [], False)
     assert state.preconditioner(factors, None).cores is None
 
 
@@ -221,14 +221,20 @@ def test_they_come_near_an_optimum_or_where_the_objective_has_settled(monkeypatc
     state = factored.Factored(problem, 1e-3, 10, None, 0, None)
     factors = random_units(problem)
     bound, _ = state.estimate(factors)
-    much, little = 0.1 * bound.primal, 0.5 * factored.SETTLING * bound.primal
+    fall = factored.SETTLING * bound.primal
+    fast, slow = ([bound.primal - each * k / 10 for k in range(11)] for each in (2.0 * fall, 0.5 * fall))
     far, near = replace(bound, relative_gap=0.5), replace(bound, relative_gap=0.05)
-    assert not state.worth_softening(factors, far, much, False)
-    assert not state.worth_softening(factors, far, float("inf"), False)
-    assert state.worth_softening(factors, far, little, False)
-    assert state.worth_softening(factors, near, float("inf"), False)
+    assert not state.worth_softening(factors, far, fast, False)
+    assert not state.worth_softening(factors, far, [], False)
+    assert not state.worth_softening(factors, far, slow[:10], False)
+    assert state.worth_softening(factors, far, slow, False)
+    # A small gap tells while few values are known, but not against them.
+    assert state.worth_softening(factors, near, [], False)
+    assert state.worth_softening(factors, near, slow[:5], False)
+    assert not state.worth_softening(factors, near, fast, False)
+    assert not state.worth_softening(factors, near, fast[:10], False)
     # Where a preconditioner is due in any case, sooner.
     soon = replace(bound, relative_gap=0.25)
-    assert not state.worth_softening(factors, soon, much, False)
-    assert state.worth_softening(factors, soon, much, True)
-    assert not state.worth_softening(factors, far, much, True)
+    assert not state.worth_softening(factors, soon, fast, False)
+    assert state.worth_softening(factors, soon, fast, True)
+    assert not state.worth_softening(factors, far, fast, True)

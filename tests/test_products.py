@@ -136,7 +136,7 @@ def test_chunks_are_larger_and_minibatches_whole_in_low_precision(monkeypatch: p
     monkeypatch.setattr(convexheads.problem, "LEAST_LOW_ROWS", 1)
     monkeypatch.setattr(convexheads.problem, "FEWEST_ROWS", 1)
     low.chunk_rows = lambda *args, **kwargs: 2  # type: ignore[method-assign]
-    list(warmup.minibatches(low, factors, 4, torch.Generator().manual_seed(0)))
+    list(warmup.minibatches(low, factors, factors.flat(), 4, torch.Generator().manual_seed(0)))
     whole, left = divmod(problem.n, 4)
     assert parts == [4] * whole + [left] * (left > 0)
 

@@ -349,6 +349,8 @@ class Problem:
 
     def own_samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Of samples numbered over all workers, those of this one: numbered from its first one; and their places."""
+        if self.world.size == 1:
+            return index, torch.arange(len(index), device=index.device)
         place = ((index >= self.start) & (index < self.start + self.local)).nonzero()[:, 0]
         return index[place] - self.start, place
 

@@ -53,12 +53,11 @@ REBUILD = 30
 """Iterations between two preconditioners ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
-NEAR = 0.1
-"""Relative gap from which the preconditioner has a part of its own for soft directions, ..."""
 SOON = 0.3
-"""... or where a new preconditioner is due, and the gap is no larger than this, ..."""
-SETTLING = 3e-3
-"""... or decrease of the objective in ten iterations, as a share of it: the gap may wait for them; if worth it ..."""
+"""Relative gap from which a preconditioner that is due has a part of its own for soft directions, ..."""
+SETTLING, NEAR = 3e-3, 0.1
+"""... or decrease of the objective in ten iterations, as a share of it, from which there is one with it at once: the
+gap may wait for them; fewer iterations tell where the gap is small, too; if worth it ..."""
 SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
@@ -387,14 +386,17 @@ class Factored:
         O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 
-    def worth_softening(self, factors: Factors, bound: Certificate | None, fall: float, due: bool) -> bool:
+    def worth_softening(self, factors: Factors, bound: Certificate | None, values: list[float], due: bool) -> bool:
         """Whether soft directions get a part of their own: near an optimum, and where iterations are expensive.
 
-        ``fall`` is the decrease of the objective in the last ten iterations. Where a preconditioner is ``due`` in any
-        case, it may have one earlier.
+        ``values`` are the last objectives. Where a preconditioner is ``due`` in any case, it may have one earlier. A
+        small gap alone may be luck: while the objective falls fast, units are no singular vectors.
         """
-        near = SOON if due else NEAR
-        if bound is None or (bound.relative_gap > near and fall > SETTLING * abs(bound.primal)):
+        if bound is None:
+            return False
+        fall = values[-11:][0] - values[-1] if values else 0.0
+        settled = fall <= SETTLING * abs(bound.primal) and (len(values) > 10 or bound.relative_gap <= NEAR)
+        if not settled and not (due and bound.relative_gap <= SOON):
             return False
         return self.problem.n * self.problem.gradient_work(factors) >= SOFT_WORK
 
@@ -518,7 +520,7 @@ class Factored:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
             due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD)
-            if not soft and self.worth_softening(shapes, bound, recent_fall(values), due):
+            if not soft and self.worth_softening(shapes, bound, values, due):
                 soft = due = True
             if due:
                 optimiser.inverse = None  # its memory goes first

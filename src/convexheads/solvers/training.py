@@ -243,14 +243,15 @@ def train_adamw(
     -------
     The trained units and the number of epochs done. The decay is the objective's own: see the module.
     """
-    variables = start.like(start.flat().clone())
+    x = start.flat().clone()
+    variables = start.like(x)
     tensors = variables.tensors()
     optimiser = torch.optim.AdamW(tensors, lr=learning_rate, weight_decay=0.0)
     steps = epochs * math.ceil(problem.n / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for epoch in range(1, epochs + 1):
-        for gradient in minibatches(problem, variables, batch_size, generator):
-            for tensor, slope in zip(tensors, gradient.tensors(), strict=True):
+        for gradient in minibatches(problem, start, x, batch_size, generator):
+            for tensor, slope in zip(tensors, start.like(gradient).tensors(), strict=True):
                 tensor.grad = slope
             optimiser.step()
             schedule.step()

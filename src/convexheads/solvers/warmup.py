@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from convexheads.problem import Problem, Sums
 from convexheads.products import low_precision
@@ -20,6 +21,7 @@ LOW_WORK = 1e9
 """Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
 SHARE = 0.15
 """Step size as a share of the expected root mean square of an entry."""
+INTERCEPT_RATE = 0.01
 
 
 def lowered(problem: Problem, factors: Factors) -> Problem:
@@ -29,26 +31,28 @@ def lowered(problem: Problem, factors: Factors) -> Problem:
     return problem.in_low_precision(low_precision(problem.device))
 
 
-def minibatches(problem: Problem, variables: Factors, size: int, generator: torch.Generator) -> Iterator[Factors]:
-    """One epoch: the objective's gradient at ``variables`` on each shuffled mini-batch of ``size`` samples.
+def minibatches(
+    problem: Problem, shapes: Factors, x: Tensor, size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """One epoch: the objective's gradient at ``x`` on each shuffled mini-batch of ``size`` samples, one vector.
 
-    Its mean over an epoch is the full gradient; ``variables`` may change between two of them.
+    Its mean over an epoch is the full gradient. ``x`` (variables in the ``shapes`` of factors) may change in between.
     """
-    dtype = variables.tensors()[0].dtype
+    dtype, variables = x.dtype, shapes.like(x)
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
     for index in order.split(size):
-        flat = torch.zeros_like(variables.flat())
-        gradient, sums = variables.like(flat), Sums()
+        flat = torch.zeros_like(x)
+        gradient, sums = shapes.like(flat), Sums()
         for part in problem.own_samples(index)[0].split(most):
             stats = problem.stats_of(part, problem.low or dtype)
             targets, weights = problem.targets_of(part, dtype)
             problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient, sums)
         sums.close()
-        gradient = variables.like(problem.summed(0.0, flat)[1])
-        problem.add_decay(variables, gradient)
-        yield gradient
+        flat = problem.summed(0.0, flat)[1]
+        problem.add_decay(variables, shapes.like(flat))
+        yield flat
 
 
 def adam_epochs(
@@ -63,28 +67,28 @@ def adam_epochs(
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
     problem = lowered(problem, factors)
-    variables = factors.like(factors.flat().clone())
-    rates: list[float] = []
-    for component, units in zip(problem.components, variables.units, strict=True):
+    x = factors.flat().clone()
+    # As vectors: a step takes few operations, however many tensors there are.
+    rates = torch.empty_like(x)
+    own = factors.like(rates)
+    for component, units in zip(problem.components, own.units, strict=True):
         size = SHARE * norm / math.sqrt(component.weight)
         if units.u is not None:
-            rates.append(size / math.sqrt(component.p))
-        rates.append(size / math.sqrt(component.q))
-    tensors = variables.tensors()
-    if variables.intercept is not None:
-        rates.append(0.01)
-    first = [torch.zeros_like(t) for t in tensors]
-    second = [torch.zeros_like(t) for t in tensors]
+            units.u.fill_(size / math.sqrt(component.p))
+        units.v.fill_(size / math.sqrt(component.q))
+    if own.intercept is not None:
+        own.intercept.fill_(INTERCEPT_RATE)
+    first, second, root = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
     steps = epochs * math.ceil(problem.n / BATCH)
     step = 0
     for _ in range(epochs):
-        for gradient in minibatches(problem, variables, BATCH, generator):
+        for gradient in minibatches(problem, factors, x, BATCH, generator):
             step += 1
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-            for t, g, m, v, rate in zip(tensors, gradient.tensors(), first, second, rates, strict=True):
-                m.mul_(0.9).add_(g, alpha=0.1)
-                v.mul_(0.999).addcmul_(g, g, value=0.001)
-                size = rate * decay / (1 - 0.9**step)
-                root = (v / (1 - 0.999**step)).sqrt_().add_(1e-12)
-                t.addcdiv_(m, root, value=-size)
-    return variables
+            first.lerp_(gradient, 0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            # The correction of the second moment, a number, is taken into the step.
+            correction = math.sqrt(1 - 0.999**step)
+            torch.sqrt(second, out=root).add_(1e-12 * correction).div_(rates)
+            x.addcdiv_(first, root, value=-decay * correction / (1 - 0.9**step))
+    return factors.like(x)
