@@ -243,14 +243,11 @@ class TorchBaseline(Baseline):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, X: Tokens, rows: np.ndarray) -> np.ndarray:
         device = next(model.parameters()).device
-        return (
-            memory.current()
-            .gathered(
-                split_rows(len(rows), CHUNK),
-                lambda part: model(take(X, rows[part]).to(device, torch.float32)).double().cpu(),
-            )
-            .numpy()
-        )
+
+        def outputs(part: slice) -> Tensor:
+            return model(take(X, rows[part]).to(device, torch.float32)).double().cpu()
+
+        return memory.current().gathered(split_rows(len(rows), CHUNK), outputs).numpy()
 
 
 def moments(X: Tokens, rows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -141,9 +141,14 @@ def curvature_pairs(problem: Problem, x: Tensor) -> int:
     return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
 
 
+def known_fall(values: list[float]) -> float:
+    """The decrease of the objective in the last ten iterations, or in as many as are known."""
+    return values[-11:][0] - values[-1] if values else 0.0
+
+
 def recent_fall(values: list[float]) -> float:
     """The decrease of the objective in the last ten iterations; infinite after fewer."""
-    return values[-11] - values[-1] if len(values) > 10 else math.inf
+    return known_fall(values) if len(values) > 10 else math.inf
 
 
 @dataclass
@@ -394,9 +399,8 @@ class Factored:
         """
         if bound is None:
             return False
-        fall = values[-11:][0] - values[-1] if values else 0.0
-        settled = fall <= SETTLING * abs(bound.primal) and (len(values) > 10 or bound.relative_gap <= NEAR)
-        if not settled and not (due and bound.relative_gap <= SOON):
+        fall = known_fall(values) if bound.relative_gap <= NEAR else recent_fall(values)
+        if fall > SETTLING * abs(bound.primal) and not (due and bound.relative_gap <= SOON):
             return False
         return self.problem.n * self.problem.gradient_work(factors) >= SOFT_WORK
 

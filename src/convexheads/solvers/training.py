@@ -243,7 +243,7 @@ def train_adamw(
     -------
     The trained units and the number of epochs done. The decay is the objective's own: see the module.
     """
-    x = start.flat().clone()
+    x = start.flat()
     variables = start.like(x)
     tensors = variables.tensors()
     optimiser = torch.optim.AdamW(tensors, lr=learning_rate, weight_decay=0.0)

@@ -22,6 +22,7 @@ LOW_WORK = 1e9
 SHARE = 0.15
 """Step size as a share of the expected root mean square of an entry."""
 INTERCEPT_RATE = 0.01
+"""Step size of the intercept's entries."""
 
 
 def lowered(problem: Problem, factors: Factors) -> Problem:
@@ -67,7 +68,7 @@ def adam_epochs(
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
     problem = lowered(problem, factors)
-    x = factors.flat().clone()
+    x = factors.flat()
     # As vectors: a step takes few operations, however many tensors there are.
     rates = torch.empty_like(x)
     own = factors.like(rates)
