@@ -15,7 +15,7 @@ from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, preconditioner, starts
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import PAIRS, Factored, Schedule, Search
+from convexheads.solvers.factored import PAIRS, Factored, Search
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import random_factors, resize, second_guess
@@ -56,7 +56,7 @@ def test_growth_adds_many_units_at_once_where_many_are_missing() -> None:
     found = problem(0.05)
     state = solver(found)
     start = random_factors(found, [24], state.generator, torch.float64)
-    grown = state.widen(start, state.look(start, Schedule(target=1e-3, gap=1e-2)))
+    grown = state.widen(start, state.look(start, 1e-2))
     assert grown is not None
     added = grown.n_units - start.n_units
     assert PAIRS < added <= state.room(start) == 12
@@ -480,10 +480,10 @@ def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -
     state = Factored(found, 1e-3, 100, None, 0, None)
     factors = random_units(found)
     # Gaps before call for a precision of 1e-3 and of 1e-1.
-    assert state.look(factors, Schedule(target=1.0, gap=1e-3)).sure
-    assert not state.look(factors, Schedule(target=1.0, gap=1.0)).sure
+    assert state.look(factors, 1e-3).sure
+    assert not state.look(factors, 1.0).sure
     monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
-    assert not state.look(factors, Schedule(target=1.0, gap=1e-3)).sure
+    assert not state.look(factors, 1e-3).sure
 
 
 def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures import by_feature
-from convexheads.problem import Problem, Sums
+from convexheads.problem import Problem, Sums, take_rows
 from convexheads.solvers.units import Placement
 from convexheads.types import Factors
 
@@ -48,6 +48,11 @@ class Kept:
 
     def read(self, index: slice) -> Tensor:
         return self.rows[index].mT if self.transposed else self.rows[index]
+
+    def take(self, index: Tensor) -> Tensor:
+        """A copy of some samples."""
+        rows = take_rows(self.rows, index)
+        return rows.mT if self.transposed else rows
 
 
 class Differences:

@@ -22,6 +22,7 @@ from convexheads.certificate import (
     Certificate,
     DualPoint,
     certify_refitted,
+    dual_point,
     penalty,
     rescaled_bound,
 )
@@ -32,6 +33,7 @@ from convexheads.solvers.base import Solution, register
 from convexheads.solvers.differences import Differences, fits
 from convexheads.solvers.lbfgs import LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
+from convexheads.solvers.span import Span, span_work, with_coupled
 from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
 from convexheads.solvers.units import (
     Placement,
@@ -97,6 +99,13 @@ CONVERGED = 0.1
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
 SURE, SURE_ROUNDS = 0.01, 24
 """The same where the tolerance seems to be reached, and the most rounds then: a proof takes longer than all of them."""
+POLISHED, POLISHED_AGAIN = 1.4, 0.5
+"""The program restricted to the units' span is solved where the gap is at most this many times its target for each time
+that an evaluation takes longer than one in the span, and this share of what it was the time before, ..."""
+POLISH_WORK = 1e9
+"""... if it takes this many multiplications, about: with ..."""
+POLISH_PAIRS, POLISH_COUPLED = 10, 5
+"""... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
 SPARED = (0.1, 0.02)
 """Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""
 ROOM = 0.75
@@ -156,10 +165,12 @@ class Schedule:
     """When the gap is looked at next: once iterations have cost as much, and no later than ``patience`` times that.
 
     Gap and gradient fall together, so that a gap is foreseen from the last one found and from the gradients' norms.
-    ``target`` is the relative gap at which a proof is tried.
+    ``target`` is the relative gap at which a proof is tried, ``goal`` the one at which a check is of use: there the
+    program may be solved in the units' span, too.
     """
 
     target: float
+    goal: float
     patience: int = PATIENCE
     earliest: int = 0
     latest: int = 0
@@ -167,8 +178,8 @@ class Schedule:
     norm: float = 0.0
 
     def due(self, iteration: int, norm: float, margin: float) -> bool:
-        """Whether a check is overdue, or the gap is foreseen to be at most ``margin`` times its target."""
-        likely = norm * self.gap <= margin * self.target * self.norm
+        """Whether a check is overdue, or the gap is foreseen to be at most ``margin`` times its goal."""
+        likely = norm * self.gap <= margin * self.goal * self.norm
         return iteration >= self.latest or (likely and iteration >= self.earliest)
 
     def checked(self, iteration: int, spacing: int, gap: float, norm: float) -> None:
@@ -206,12 +217,16 @@ class Search:
 
 @dataclass
 class Look:
-    """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs."""
+    """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs.
+
+    The ``intercept`` is the best one, which the ``outputs`` have.
+    """
 
     bound: Certificate
     pairs: list[SingularPair]
     sure: bool
     outputs: Tensor
+    intercept: Tensor | None
 
 
 class Factored:
@@ -241,6 +256,7 @@ class Factored:
         # Whether units that shrink may be dropped early, and whether any were dropped.
         self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
+        self.polished_at = math.inf
         # The precision of products of differences, where they are worth it, and what takes them.
         self.low: torch.dtype | None = None
         self.differences: Differences | None = None
@@ -284,13 +300,13 @@ class Factored:
         )
         return bound(sigma, ridge), pairs
 
-    def look(self, factors: Factors, schedule: Schedule) -> Look:
-        """An estimate as precise as the gap of the moment asks for."""
-        rough = max(self.tol, min(0.1, ROUGH * schedule.gap))
+    def look(self, factors: Factors, gap: float) -> Look:
+        """An estimate as precise as a relative gap of about ``gap`` asks for."""
+        rough = max(self.tol, min(0.1, ROUGH * gap))
         refitted, O = self.refit(factors, self.exact_dtype(rough))
         low = self.low if rough >= LOW_SEARCH else None
         bound, pairs = self.measure(refitted, O, Search(rough, low=low))
-        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O)
+        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O, refitted.intercept)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -327,6 +343,33 @@ class Factored:
         accuracy = max(FREE * self.tol, ROUNDED if dtype == torch.float32 else 0.0)
         b = problem.best_intercept(bare, factors.intercept, accuracy)
         return Factors(factors.units, b.double()), bare + b
+
+    def polishable(self, factors: Factors, target: float) -> float:
+        """The largest relative gap at which the program is solved in the units' span; zero where it is not."""
+        problem = self.problem
+        iteration = problem.gradient_work(factors)
+        restricted = span_work(problem, factors, POLISH_PAIRS + POLISH_COUPLED, self.low)
+        if problem.n * iteration < POLISH_WORK or not problem.world.every(math.isfinite(restricted)):
+            return 0.0
+        return min(POLISHED * iteration / restricted * target, POLISHED_AGAIN * self.polished_at)
+
+    def polish(self, optimiser: LBFGS, factors: Factors, seen: Look, target: float) -> Factors | None:
+        """Units that solve the program in the span of ``factors`` and of some pairs outside, near enough to an optimum.
+
+        The optimiser goes on from there. None where the gap is still too large, or has hardly fallen since the last
+        time, or where iterations cost little.
+        """
+        problem, gap = self.problem, seen.bound.relative_gap
+        if not target < gap <= self.polishable(factors, target):
+            return None
+        self.polished_at = gap
+        L = dual_point(problem, seen.outputs).to(optimiser.x.dtype)
+        outside = self.beyond.pairs(L, factors, POLISH_PAIRS, OUTSIDE_ROUNDS, self.low)
+        outside = with_coupled(problem, L, factors, outside, POLISH_COUPLED, self.low)
+        start = Factors(factors.units, None if seen.intercept is None else seen.intercept.to(L.dtype))
+        span = Span(problem, start, seen.outputs, outside, self.low, self.generator)
+        found = span.solve(target, optimiser.noise)
+        return found if optimiser.jump(found.flat()) else None
 
     # Units ------------------------------------------------------------------------------------------------
 
@@ -469,7 +512,8 @@ class Factored:
         if problem.world.every(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        schedule = Schedule(TARGET * self.tol, self.patience)
+        target = TARGET * self.tol
+        schedule = Schedule(target, max(target, self.polishable(shapes, target)), self.patience)
         if cold:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
@@ -493,10 +537,16 @@ class Factored:
                 current = shapes.like(x)
                 seen: Look | None = None
                 if not self.ridge_only:
-                    seen = self.look(current, schedule)
+                    seen = self.look(current, schedule.gap)
                     bound = seen.bound
                 assert bound is not None
                 self.report(bound.primal, bound.relative_gap, current)
+                polished = None if seen is None else self.polish(optimiser, current, seen, schedule.target)
+                if polished is not None:
+                    current, gradient = polished, optimiser.gradient
+                    seen = self.look(current, schedule.target)
+                    bound = seen.bound
+                    self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
                     slim, bound = self.slim(current, bound, schedule.target, seen is None or seen.sure)
                     if bound.relative_gap <= SLACK * schedule.target:
@@ -520,6 +570,7 @@ class Factored:
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
+                schedule.goal = max(schedule.target, self.polishable(shapes, schedule.target))
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol

@@ -220,6 +220,16 @@ class LBFGS:
         self.pairs.clear()
         return False
 
+    def jump(self, x: Tensor) -> bool:
+        """Go on from ``x``, which something else has found, unless the objective is larger there."""
+        value, gradient = self.evaluate(x)
+        self.n_evaluations += 1
+        if value > self.value + self.noise * abs(self.value):
+            return False
+        self.recent.clear()
+        self._accept(x, value, gradient)
+        return True
+
     def _shrink(self, t: float, value: float, slope: float, new_slope: float) -> float:
         # Minimiser of the cubic through both values and slopes, kept away from the ends.
         if value != value or new_slope != new_slope:
