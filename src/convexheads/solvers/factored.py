@@ -308,6 +308,12 @@ class Factored:
         bound, pairs = self.measure(refitted, O, Search(rough, low=low))
         return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O, refitted.intercept)
 
+    def close_look(self, factors: Factors) -> Look:
+        """An estimate that another one would hardly change."""
+        refitted, O = self.refit(factors, self.exact_dtype(self.tol))
+        bound, pairs = self.measure(refitted, O, Search(self.tol, growth=SURE, rounds=SURE_ROUNDS))
+        return Look(bound, pairs, True, O, refitted.intercept)
+
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
 
@@ -353,23 +359,22 @@ class Factored:
             return 0.0
         return min(POLISHED * iteration / restricted * target, POLISHED_AGAIN * self.polished_at)
 
-    def polish(self, optimiser: LBFGS, factors: Factors, seen: Look, target: float) -> Factors | None:
-        """Units that solve the program in the span of ``factors`` and of some pairs outside, near enough to an optimum.
+    def polish(self, optimiser: LBFGS, factors: Factors, seen: Look, target: float) -> bool:
+        """Solve the program in the span of ``factors`` and of some directions outside, near enough to an optimum.
 
-        The optimiser goes on from there. None where the gap is still too large, or has hardly fallen since the last
-        time, or where iterations cost little.
+        The optimiser goes on from there. False where the gap is still too large, or has hardly fallen since the last
+        time, where iterations cost little, or where nothing better was found.
         """
         problem, gap = self.problem, seen.bound.relative_gap
         if not target < gap <= self.polishable(factors, target):
-            return None
+            return False
         self.polished_at = gap
         L = dual_point(problem, seen.outputs).to(optimiser.x.dtype)
         outside = self.beyond.pairs(L, factors, POLISH_PAIRS, OUTSIDE_ROUNDS, self.low)
         outside = with_coupled(problem, L, factors, outside, POLISH_COUPLED, self.low)
         start = Factors(factors.units, None if seen.intercept is None else seen.intercept.to(L.dtype))
         span = Span(problem, start, seen.outputs, outside, self.low, self.generator)
-        found = span.solve(target, optimiser.noise)
-        return found if optimiser.jump(found.flat()) else None
+        return optimiser.jump(span.solve(target, optimiser.noise).flat())
 
     # Units ------------------------------------------------------------------------------------------------
 
@@ -541,10 +546,9 @@ class Factored:
                     bound = seen.bound
                 assert bound is not None
                 self.report(bound.primal, bound.relative_gap, current)
-                polished = None if seen is None else self.polish(optimiser, current, seen, schedule.target)
-                if polished is not None:
-                    current, gradient = polished, optimiser.gradient
-                    seen = self.look(current, schedule.target)
+                while seen is not None and self.polish(optimiser, current, seen, schedule.target):
+                    current, gradient = shapes.like(optimiser.x), optimiser.gradient
+                    seen = self.close_look(current)
                     bound = seen.bound
                     self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
