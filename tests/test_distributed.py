@@ -113,6 +113,27 @@ def test_soft_directions_of_two_workers_are_those_of_one(store: Path, tmp_path: 
         assert found[1][number] == pytest.approx(found[0][number], rel=1e-6)
 
 
+POLISHED = """
+import sys
+from convexheads.cli import main
+from convexheads.solvers import factored, span
+
+factored.POLISH_WORK, factored.POLISHED = 0.0, 1e6
+used, solve = [], span.Span.solve
+span.Span.solve = lambda self, tol, noise: (used.append(self), solve(self, tol, noise))[1]
+code = main(sys.argv[1:])
+sys.exit(code or (0 if used else 99))
+"""
+
+
+def test_the_program_in_the_span_of_units_of_two_workers_is_that_of_one(store: Path, tmp_path: Path) -> None:
+    """Small problems are not solved there: here they are made to."""
+    found = by_one_and_two(POLISHED, store, tmp_path)
+    assert found[1]["certified"]
+    for number in ("primal", "dual", "beta"):
+        assert found[1][number] == pytest.approx(found[0][number], rel=1e-6)
+
+
 DIFFERENCES = """
 import sys
 import torch
