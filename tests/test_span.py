@@ -14,7 +14,7 @@ from convexheads.memory import Budget
 from convexheads.problem import Problem
 from convexheads.solvers import factored, solver_function, span
 from convexheads.solvers.lbfgs import LBFGS
-from convexheads.solvers.span import Span, block_units, span_work, with_coupled
+from convexheads.solvers.span import Span, block_units, positive_factor, span_work, with_coupled
 from convexheads.subspace import OutsidePairs, OutsideSubspace
 from convexheads.types import Factors
 
@@ -256,6 +256,16 @@ def test_where_there_is_none() -> None:
     limited = make_setting(Case("self_attention", c=3)).problem
     limited.budget = Budget(2**20, 2**20, 2**16)
     assert span_work(limited, random_units(limited, 2), 5, None) == float("inf")
+
+
+def test_rounding_does_not_keep_a_hessian_from_being_factorised() -> None:
+    Q = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q.double()
+    for least in (0.1, -1e-7, -1e-3):
+        matrix = (Q * torch.tensor([1e2, 10.0, 1.0, 0.5, least]).double()) @ Q.mT
+        factor = positive_factor(matrix)
+        assert float((factor @ factor.mT - matrix).norm()) <= (1e-9 if least > 0 else 3e-4 - 50.0 * least)
+    with pytest.raises(torch.linalg.LinAlgError):
+        positive_factor(torch.full((2, 2), float("nan")))
 
 
 def test_blocks_have_their_own_units() -> None:

@@ -125,7 +125,7 @@ class Span:
         self.O = O.to(dtype)
         targets, weights = problem.targets_of(slice(0, problem.n), dtype)
         self.L = problem.loss.gradient(self.O, targets, weights)
-        self.basis = [self._basis(k, outside) for k in range(len(problem.components))]
+        self.basis = [self._basis(k) for k in range(len(problem.components))]
         self.kept: list[Kept] = []
         self.S = [block.A.mT @ block.B for block in self.blocks]
         self.slope = self._features()
@@ -133,7 +133,7 @@ class Span:
         self.gradients_S: list[Tensor] = []
         self._hessian(generator)
 
-    def _basis(self, k: int, outside: dict[tuple[int, int | None], OutsidePairs]) -> Units:
+    def _basis(self, k: int) -> Units:
         """The left vectors of a component's blocks as units, in order of their gates; of no value."""
         component, units = self.problem.components[k], self.start.units[k]
         own = [block for block in self.blocks if block.component == k]
@@ -194,10 +194,8 @@ class Span:
     def factors(self, x: Tensor) -> Factors:
         """The units that the variables stand for: as many as at the start, in the same order."""
         pairs, intercept = self.split(x)
-        units = [Units(each.u, each.v.clone(), each.gate) for each in self.start.units]
-        for k, each in enumerate(self.start.units):
-            assert each.u is not None
-            units[k].u = each.u.clone()
+        start = self.start.flat()
+        units = self.start.like(start).units
         for block, (A, B) in zip(self.blocks, pairs, strict=True):
             into = units[block.component]
             assert into.u is not None
@@ -312,11 +310,7 @@ class Span:
         hessian = 0.5 * (hessian + hessian.mT)
         hessian[each, each] += (1.0 + DAMPING) * damping[chosen]
         hessian[each, place_of[mirrored[chosen]]] -= (damping * coupling)[chosen]
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if failed:
-            # What it is above zero is rounding in float32.
-            factor = torch.linalg.cholesky(hessian.double()).to(dtype)
-        self.factor, self.chosen = factor, chosen
+        self.factor, self.chosen = positive_factor(hessian), chosen
         self.diagonal = 1.0 / (curvature + damping)
 
     def _sampled(self, index: Tensor, noise: Tensor, share: float) -> Tensor:
@@ -446,6 +440,17 @@ def block_units(units: Units, gate: int | None) -> Tensor:
     """Numbers of the units of one block among those of its component."""
     every = torch.arange(len(units.v), device=units.v.device)
     return every if units.gate is None else every[units.gate == gate]
+
+
+def positive_factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that is positive definite but for rounding: its diagonal grows until it is."""
+    largest = float(matrix.diagonal().max())
+    for power in range(-6, 1):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor
+        matrix = matrix + 10.0**power * largest * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.cholesky(matrix)
 
 
 def _symmetric(parts: list[Tensor], columns: Tensor | None, into: Tensor) -> Tensor:
