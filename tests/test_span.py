@@ -14,7 +14,8 @@ from convexheads.memory import Budget
 from convexheads.problem import Problem
 from convexheads.solvers import factored, solver_function, span
 from convexheads.solvers.lbfgs import LBFGS
-from convexheads.solvers.span import Span, block_units, positive_factor, span_work, with_coupled
+from convexheads.solvers.span import Span, positive_factor, span_work, with_coupled
+from convexheads.solvers.units import block_units
 from convexheads.subspace import OutsidePairs, OutsideSubspace
 from convexheads.types import Factors
 

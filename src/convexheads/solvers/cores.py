@@ -27,6 +27,7 @@ from torch import Tensor
 from convexheads.distributed import World
 from convexheads.operator import Component
 from convexheads.problem import Problem, take_rows
+from convexheads.solvers.units import block_units
 from convexheads.spectral import principal_axes
 from convexheads.subspace import IN_USE, OutsidePairs
 from convexheads.types import Factors, Units
@@ -56,6 +57,38 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(rows.mT)
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
     return (Q * sign).mT, (R * sign[:, None]).mT
+
+
+def pair_weights(size: Tensor, outside: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For pairs (r, s) of units of these sizes (m,) and of ``outside`` singular values (K,): matrices (m + K, m + K).
+
+    Shares of the direction in u and in v, the root of sigma_r + sigma_s, and the coupling g with (s, r).
+    """
+    every = torch.cat([size, size.new_zeros(len(outside))])
+    together = (every[:, None] + every).clamp_min(torch.finfo(every.dtype).tiny)
+    coupling = torch.cat([torch.ones_like(size), (outside.double() / damping).clamp_max(NEARLY_ONE)])
+    coupling = torch.minimum(coupling[:, None], coupling)
+    return (every / together).sqrt(), (every[:, None] / together).sqrt(), together.sqrt(), coupling
+
+
+def without_intercept(moment: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The moment of the first ``n`` columns once the intercept, the others, gives way; its drift, and its inverse."""
+    inverse = torch.linalg.pinv(moment[n:, n:].double(), hermitian=True, rtol=1e-5).to(moment.dtype)
+    drift = moment[:n, n:] @ inverse
+    return moment[:n, :n] - drift @ moment[n:, :n], drift, inverse
+
+
+def with_decay(curvature: Tensor, damping: Tensor, coupling: Tensor, mirrored: Tensor, caution: float) -> Tensor:
+    """The Hessian along directions from the curvature of the loss there: with weight decay, and the coupling by Gamma.
+
+    ``damping`` is beta w of each, ``mirrored`` the number of (s, r) for each (r, s), ``caution`` a share of beta w that
+    is added.
+    """
+    hessian = 0.5 * (curvature + curvature.mT)
+    each = torch.arange(len(hessian), device=hessian.device)
+    hessian[each, each] += (1.0 + caution) * damping
+    hessian[each, mirrored] -= damping * coupling
+    return hessian
 
 
 class Core:
@@ -106,15 +139,10 @@ class Core:
             units.v.new_zeros(len(spare), *units.v.shape[1:]),
             None if gate is None else torch.full((len(spare),), gate, device=units.v.device),
         )
-        size = torch.cat([size[kept], spare.double()])
-        together = size[:, None] + size
-        possible = together > 0
-        together = together.clamp_min(torch.finfo(together.dtype).tiny)
-        self.on_left, self.on_right = (size / together).sqrt().to(dtype), (size[:, None] / together).sqrt().to(dtype)
-        self.scale = together.sqrt().to(dtype)
-        coupling = torch.cat([torch.ones_like(size[:held]), (outside.sigma.double() / damping).clamp_max(NEARLY_ONE)])
-        self.coupling = torch.minimum(coupling[:, None], coupling)
-        self.candidates = possible.flatten().nonzero()[:, 0]
+        *weights, self.coupling = pair_weights(size[kept], outside.sigma, damping)
+        self.on_left, self.on_right, self.scale = (each.to(dtype) for each in weights)
+        inside = torch.arange(self.side, device=units.v.device) < held
+        self.candidates = (inside[:, None] | inside).flatten().nonzero()[:, 0]
         self.sampled: list[Tensor] = []
 
     @property
@@ -162,19 +190,13 @@ class Core:
         sampled = torch.cat([sampled[:, : len(self.candidates)][:, chosen], E], 1)
         n = len(self.chosen)
         moment = world.sum(sampled.mT @ sampled).double()
-        hessian, self.drift = moment[:n, :n], None
-        if centred:
-            # The intercept gives way: it is eliminated.
-            drift = moment[:n, n:] @ torch.linalg.pinv(moment[n:, n:], hermitian=True, rtol=1e-5)
-            hessian = hessian - drift @ moment[n:, :n]
-            self.drift = drift.to(sampled.dtype)
+        hessian, drift, _ = without_intercept(moment, n) if centred else (moment[:n, :n], None, None)
+        self.drift = None if drift is None else drift.to(sampled.dtype)
         place = torch.full((self.side**2,), -1, device=self.chosen.device)
         place[self.chosen] = torch.arange(n, device=self.chosen.device)
         other = place.view(self.side, self.side).mT.flatten()[self.chosen]
-        each = torch.arange(n, device=self.chosen.device)
-        hessian = 0.5 * (hessian + hessian.mT)
-        hessian[each, each] += (1.0 + self.caution) * self.damping
-        hessian[each, other] -= self.damping * self.coupling.flatten()[self.chosen]
+        damping = hessian.new_full((n,), self.damping)
+        hessian = with_decay(hessian, damping, self.coupling.flatten()[self.chosen], other, self.caution)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(sampled.dtype)
 
     def parts(self, du: Tensor, dv: Tensor) -> Tensor:
@@ -215,8 +237,7 @@ class Cores:
         self.blocks: list[tuple[int, Core]] = []
         for (k, gate), pairs in outside.items():
             units, component = factors.units[k], problem.components[k]
-            every = torch.arange(len(units.v), device=units.v.device)
-            own = every if units.gate is None else every[units.gate == gate]
+            own = block_units(units, gate)
             if len(own):
                 damping = problem.penalty_weight(component)
                 self.blocks.append((k, Core(component, gate, units, own, damping, pairs, gap)))

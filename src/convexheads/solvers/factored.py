@@ -170,8 +170,8 @@ class Schedule:
     """
 
     target: float
-    goal: float
     patience: int = PATIENCE
+    goal: float = 0.0
     earliest: int = 0
     latest: int = 0
     gap: float = math.inf
@@ -182,8 +182,12 @@ class Schedule:
         likely = norm * self.gap <= margin * self.goal * self.norm
         return iteration >= self.latest or (likely and iteration >= self.earliest)
 
-    def checked(self, iteration: int, spacing: int, gap: float, norm: float) -> None:
-        """A check has found the gap at a gradient of this norm; the next one is worth it ``spacing`` later."""
+    def checked(self, iteration: int, spacing: int, gap: float, norm: float, polishable: float) -> None:
+        """A check has found the gap at a gradient of this norm; the next one is worth it ``spacing`` later.
+
+        ``polishable`` is the gap at which the program is solved in the units' span.
+        """
+        self.goal = max(self.target, polishable)
         self.earliest, self.latest = iteration + spacing, iteration + self.patience * spacing
         self.gap, self.norm = gap, norm
 
@@ -219,14 +223,14 @@ class Search:
 class Look:
     """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs.
 
-    The ``intercept`` is the best one, which the ``outputs`` have.
+    These are the outputs of the ``refitted`` factors: with the best intercept, in float64.
     """
 
     bound: Certificate
     pairs: list[SingularPair]
     sure: bool
     outputs: Tensor
-    intercept: Tensor | None
+    refitted: Factors
 
 
 class Factored:
@@ -306,13 +310,13 @@ class Factored:
         refitted, O = self.refit(factors, self.exact_dtype(rough))
         low = self.low if rough >= LOW_SEARCH else None
         bound, pairs = self.measure(refitted, O, Search(rough, low=low))
-        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O, refitted.intercept)
+        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O, refitted)
 
-    def close_look(self, factors: Factors) -> Look:
-        """An estimate that another one would hardly change."""
-        refitted, O = self.refit(factors, self.exact_dtype(self.tol))
-        bound, pairs = self.measure(refitted, O, Search(self.tol, growth=SURE, rounds=SURE_ROUNDS))
-        return Look(bound, pairs, True, O, refitted.intercept)
+    def close_look(self, factors: Factors, most: float = math.inf) -> Look:
+        """An estimate that another one would hardly change; of a relative gap above ``most`` it may say no more."""
+        refitted, O = self.refit(factors.to(self.problem.dtype), self.exact_dtype(self.tol))
+        bound, pairs = self.measure(refitted, O, Search(self.tol, growth=SURE, rounds=SURE_ROUNDS, most=most))
+        return Look(bound, pairs, True, O, refitted)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -354,8 +358,10 @@ class Factored:
         """The largest relative gap at which the program is solved in the units' span; zero where it is not."""
         problem = self.problem
         iteration = problem.gradient_work(factors)
+        if problem.n * iteration < POLISH_WORK:
+            return 0.0
         restricted = span_work(problem, factors, POLISH_PAIRS + POLISH_COUPLED, self.low)
-        if problem.n * iteration < POLISH_WORK or not problem.world.every(math.isfinite(restricted)):
+        if not problem.world.every(math.isfinite(restricted)):
             return 0.0
         return min(POLISHED * iteration / restricted * target, POLISHED_AGAIN * self.polished_at)
 
@@ -372,8 +378,7 @@ class Factored:
         L = dual_point(problem, seen.outputs).to(optimiser.x.dtype)
         outside = self.beyond.pairs(L, factors, POLISH_PAIRS, OUTSIDE_ROUNDS, self.low)
         outside = with_coupled(problem, L, factors, outside, POLISH_COUPLED, self.low)
-        start = Factors(factors.units, None if seen.intercept is None else seen.intercept.to(L.dtype))
-        span = Span(problem, start, seen.outputs, outside, self.low, self.generator)
+        span = Span(problem, seen.refitted.to(L.dtype), seen.outputs, outside, self.low, self.generator)
         return optimiser.jump(span.solve(target, optimiser.noise).flat())
 
     # Units ------------------------------------------------------------------------------------------------
@@ -517,8 +522,7 @@ class Factored:
         if problem.world.every(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        target = TARGET * self.tol
-        schedule = Schedule(target, max(target, self.polishable(shapes, target)), self.patience)
+        schedule = Schedule(TARGET * self.tol, self.patience)
         if cold:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
@@ -573,8 +577,8 @@ class Factored:
                     values.clear()
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
-                schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()))
-                schedule.goal = max(schedule.target, self.polishable(shapes, schedule.target))
+                reach = self.polishable(shapes, schedule.target)
+                schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()), reach)
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
@@ -822,11 +826,6 @@ class Factored:
         target. Factors come back in float64, with the intercept solved for unless a proof does so again.
         """
 
-        def close(found: Factors, most: float) -> tuple[Factors, Certificate]:
-            refitted, O = self.refit(found.to(self.problem.dtype), self.exact_dtype(self.tol))
-            search = Search(self.tol, growth=SURE, rounds=SURE_ROUNDS, most=most)
-            return refitted, self.measure(refitted, O, search)[0]
-
         allowed = max(target / SLACK, SLACK * bound.relative_gap)
         whole = factors.to(torch.float64)
         shares: tuple[float, ...] = (*SPARED, 0.05 * self.tol)
@@ -836,19 +835,20 @@ class Factored:
             slim, _ = canonical(self.problem, whole, share * self.tol * abs(bound.primal))
             if slim.n_units == factors.n_units:
                 break
-            refitted, certificate = close(slim, allowed)
-            if certificate.relative_gap <= allowed:
-                return refitted, certificate
+            close = self.close_look(slim, allowed)
+            if close.bound.relative_gap <= allowed:
+                return close.refitted, close.bound
             if not sure:
-                refitted, bound = close(factors, math.inf)
-                sure = True
+                close = self.close_look(factors)
+                bound, sure = close.bound, True
                 if bound.relative_gap > SLACK * target:
-                    return refitted, bound
+                    return close.refitted, bound
                 allowed = max(allowed, SLACK * min(target, bound.relative_gap))
         # Only what carries nothing at all.
         none, _ = canonical(self.problem, whole, 0.0)
         if not sure:
-            return close(none, math.inf)
+            close = self.close_look(none)
+            return close.refitted, close.bound
         if not self.proves:
             none, _ = self.refit(none.to(self.problem.dtype), self.exact_dtype(self.tol))
         return none, bound

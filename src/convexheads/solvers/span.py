@@ -26,9 +26,10 @@ from torch import Tensor
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, Sums, take_rows
 from convexheads.products import rough_products
-from convexheads.solvers.cores import DAMPING, NEARLY_ONE, orthonormal
+from convexheads.solvers.cores import DAMPING, orthonormal, pair_weights, with_decay, without_intercept
 from convexheads.solvers.differences import Kept
 from convexheads.solvers.lbfgs import LBFGS
+from convexheads.solvers.units import block_units
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
@@ -69,15 +70,12 @@ class Block:
         self.m, self.k = m, k
         self.axes, self.left, self.right = axes.to(dtype), left.to(dtype), right.to(dtype)
         self.A, self.B = onto_left[:m].to(dtype), onto_right[:m].to(dtype)
-        size = torch.cat([size, size.new_zeros(k - m)])
-        together = (size[:, None] + size).clamp_min(torch.finfo(size.dtype).tiny)
-        self.on_left, self.on_right = (size / together).sqrt().to(dtype), (size[:, None] / together).sqrt().to(dtype)
-        coupling = torch.cat([torch.ones_like(size[:m]), (outside.sigma.double() / damping).clamp_max(NEARLY_ONE)])
-        coupling = torch.minimum(coupling[:, None], coupling).to(dtype)
+        weights = [each.to(dtype) for each in pair_weights(size, outside.sigma, damping)]
+        self.on_left, self.on_right, scale, coupling = weights
         # Numbers r * k + s of the directions: none where neither has a unit.
         numbers = torch.arange(k * k, device=own.device).view(k, k)
         self.numbers = torch.cat([numbers[:m].flatten(), numbers[m:, :m].flatten()])
-        self.scale = together.sqrt().to(dtype).flatten()[self.numbers]
+        self.scale = scale.flatten()[self.numbers]
         self.coupling = coupling.flatten()[self.numbers]
         place = torch.empty(k * k, dtype=torch.long, device=own.device)
         place[self.numbers] = torch.arange(len(self.numbers), device=own.device)
@@ -133,10 +131,14 @@ class Span:
         self.gradients_S: list[Tensor] = []
         self._hessian(generator)
 
+    def _of(self, k: int) -> list[Block]:
+        """The blocks of a component, in order of their gates."""
+        return [block for block in self.blocks if block.component == k]
+
     def _basis(self, k: int) -> Units:
         """The left vectors of a component's blocks as units, in order of their gates; of no value."""
         component, units = self.problem.components[k], self.start.units[k]
-        own = [block for block in self.blocks if block.component == k]
+        own = self._of(k)
         left = torch.cat([units.v.new_zeros(0, component.p), *(block.left for block in own)])
         values = left.new_zeros(len(left), component.form.value_width, component.width)
         gate = None
@@ -169,7 +171,7 @@ class Span:
         """For every block the gradient with respect to S from that with respect to S Q of its component."""
         parts: list[Tensor] = []
         for k, moment in enumerate(moments):
-            own = [block for block in self.blocks if block.component == k]
+            own = self._of(k)
             pieces = moment.flatten(1).split([block.k for block in own]) if own else ()
             parts += [piece @ block.right.mT for piece, block in zip(pieces, own, strict=True)]
         return parts
@@ -236,11 +238,8 @@ class Span:
             for component, each, into in zip(problem.components, T, found, strict=True):
                 sums.add(into, component.adjoint_v(each, change[:, component.outputs]))
         sums.close()
-        moved = [*self._onto_right(found), slope_b]
-        total, whole = problem.summed(total, torch.cat([t.flatten() for t in moved]))
-        *moved, slope_b = (
-            t.view(like.shape) for t, like in zip(whole.split([t.numel() for t in moved]), moved, strict=True)
-        )
+        value = torch.tensor(total, dtype=torch.float64, device=x.device)
+        *moved, slope_b, value = problem.world.sum_all([*self._onto_right(found), slope_b, value])
         self.gradients_S = [old + new for old, new in zip(self.slope, moved, strict=True)]
         gradient = torch.empty_like(x)
         into_pairs, into_b = self.split(gradient)
@@ -249,7 +248,7 @@ class Span:
             dB.copy_(A @ G + block.damping * B)
         if drift is not None:
             into_b.copy_(self.slope_b + slope_b)
-        return total + self.decay(x), gradient
+        return float(value) + self.decay(x), gradient
 
     def decay(self, x: Tensor) -> float:
         """(beta/2) sum_g w_g (||A_g||^2 + ||B_g||^2), which is that of the units."""
@@ -297,19 +296,14 @@ class Span:
         moment[:n] *= scale[chosen, None]
         moment[:, :n] *= scale[chosen]
         hessian = moment[:n, :n]
-        self.drift, self.intercept_inverse = None, None
+        self.drift: Tensor | None = None
+        self.intercept_inverse: Tensor | None = None
         if centred:
-            # The intercept gives way: it is eliminated.
-            inverse = torch.linalg.pinv(moment[n:, n:].double(), hermitian=True, rtol=1e-5).to(dtype)
-            self.drift, self.intercept_inverse = moment[:n, n:] @ inverse, inverse
-            hessian = hessian - self.drift @ moment[n:, :n]
-        each = torch.arange(n, device=problem.device)
+            hessian, self.drift, self.intercept_inverse = without_intercept(moment, n)
         place_of = torch.full((total,), -1, device=problem.device)
-        place_of[chosen] = each
+        place_of[chosen] = torch.arange(n, device=problem.device)
         coupling = torch.cat([block.coupling for block in self.blocks])
-        hessian = 0.5 * (hessian + hessian.mT)
-        hessian[each, each] += (1.0 + DAMPING) * damping[chosen]
-        hessian[each, place_of[mirrored[chosen]]] -= (damping * coupling)[chosen]
+        hessian = with_decay(hessian, damping[chosen], coupling[chosen], place_of[mirrored[chosen]], DAMPING)
         self.factor, self.chosen = positive_factor(hessian), chosen
         self.diagonal = 1.0 / (curvature + damping)
 
@@ -324,9 +318,7 @@ class Span:
         with rough_products(problem.device):
             for k, component in enumerate(problem.components):
                 T, own, start = self.kept[k].take(rows).to(dtype), E[:, component.outputs], 0
-                for block in self.blocks:
-                    if block.component != k:
-                        continue
+                for block in self._of(k):
                     width = component.form.value_width
                     right = block.right.view(block.k, width, component.width).transpose(0, 1).flatten(0, 1)
                     values = (own @ right.mT).view(-1, width, block.k)
@@ -434,12 +426,6 @@ def _leading(images: Tensor, bases: list[Tensor], count: int) -> Tensor:
     rest = images.double()
     rest = rest - (rest @ basis.mT) @ basis
     return torch.linalg.svd(rest, full_matrices=False).Vh[:count].to(images.dtype)
-
-
-def block_units(units: Units, gate: int | None) -> Tensor:
-    """Numbers of the units of one block among those of its component."""
-    every = torch.arange(len(units.v), device=units.v.device)
-    return every if units.gate is None else every[units.gate == gate]
 
 
 def positive_factor(matrix: Tensor) -> Tensor:
