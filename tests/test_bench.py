@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from convexheads import ConvexHeadClassifier
-from convexheads.bench import BENCHMARKS, common, gated_mlp, scaling
-from convexheads.bench.common import Ratio, Timing, TokenSource, curve, seconds_to, threads, timed
+from convexheads.bench import BENCHMARKS, common, conic, gated_mlp, scaling
+from convexheads.bench.common import Ratio, Result, Settings, Timing, TokenSource, curve, seconds_to, threads, timed
 from convexheads.bench.independent import Solution, Task, beta_max, check, outputs, ridge_gradient
 from convexheads.bench.logistic import real_features
 from convexheads.bench.problems import make_task, our_problem, our_solution, patch_tokens, synthetic_tokens
@@ -286,6 +286,27 @@ CHECKS: dict[str, Callable[[list[dict[str, str]]], None]] = {
     "networks": check_networks,
     "scaling": check_scaling,
 }
+
+
+def test_conic_programs_grow_to_the_largest_one_of_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each peer takes seconds in proportion to the entries of Z; the second is out first."""
+    seen = []
+
+    def compare(size: tuple[int, int, int], peers: list[str], result: Result, settings: Settings) -> conic.Compared:
+        _, d, c = size
+        taken = {"SCS": d**3 * c / 250.0, "Clarabel": d**3 * c / 50.0}
+        seen.append((d, c, tuple(peers)))
+        return conic.Compared(f"{d}, {c}", {peer: (taken[peer], 0.1) for peer in peers if taken[peer] <= conic.MINUTE})
+
+    monkeypatch.setattr(conic, "_compare", compare)
+    result = conic.run(Settings())
+    both, one = ("SCS", "Clarabel"), ("SCS",)
+    assert seen[:5] == [(3, 4, both), (4, 6, both), (5, 8, both), (6, 10, both), (7, 12, both)]
+    assert seen[5:] == [(8, 14, one), (9, 16, one), (10, 18, one), *((9, c, one) for c in range(17, 22))]
+    (ratio,) = result.ratios
+    assert ratio.what.startswith("conic, 9, 20: SCS")
+    assert ratio.value == pytest.approx(9**3 * 20 / 250.0 / 0.1)
+    assert ratio.target == conic.TARGET
 
 
 def test_the_names_of_the_command_are_those_of_the_package() -> None:
