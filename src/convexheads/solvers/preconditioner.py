@@ -29,7 +29,7 @@ from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, take_rows
-from convexheads.products import rough_products
+from convexheads.products import add_moment, rough_products
 from convexheads.solvers.cores import Cores
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by_group
 from convexheads.subspace import OutsidePairs
@@ -339,8 +339,9 @@ class VBlocks:
 
     def add(self, T: Tensor, weights: Tensor) -> None:
         """Take in rows of features T (rows, D) with their weights (rows,)."""
+        root = weights.sqrt()[:, None]
         for moment, block in zip(self.moments, T.split(self.sizes, 1), strict=True):
-            moment += block.mT @ (block * weights[:, None])
+            add_moment(moment, block * root)
         self.first += weights @ T
         self.total += weights.sum()
 
@@ -479,17 +480,17 @@ class UBlocks:
             for group, left, right in zip(self.groups, self.left, self.right, strict=True):
                 own = G[:, group].transpose(1, 2).flatten(2)
                 wide = own.transpose(0, 1).flatten(1)
-                left += wide @ wide.mT
+                add_moment(left, wide.mT)
                 tall = (signs[i : i + rows] @ own).flatten(0, 1)
-                right += tall.mT @ (tall / signs.shape[1])
+                add_moment(right, tall / signs.shape[1] ** 0.5)
 
     def _add_outer(self, x: Tensor, w: Tensor, weights: Tensor) -> None:
         """The same for gradients x w_j^T: x (samples, a), w (samples, m, b)."""
-        sizes = weights * x.square().sum(1)
+        sizes = (weights * x.square().sum(1)).sqrt()
         for group, left, right in zip(self.groups, self.left, self.right, strict=True):
             own = w[:, group].flatten(1)
-            left += x.mT @ (x * (weights * own.square().sum(1))[:, None])
-            right += own.mT @ (own * sizes[:, None])
+            add_moment(left, x * (weights * own.square().sum(1)).sqrt()[:, None])
+            add_moment(right, own * sizes[:, None])
 
     def share(self, world: World) -> None:
         """Take in the moments of the other workers' samples."""

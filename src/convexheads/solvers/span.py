@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, Sums, take_rows
-from convexheads.products import rough_products
+from convexheads.products import add_moment, from_lower, rough_products
 from convexheads.solvers.cores import DAMPING, orthonormal, pair_weights, with_decay, without_intercept
 from convexheads.solvers.differences import Kept
 from convexheads.solvers.lbfgs import LBFGS
@@ -39,8 +39,6 @@ SAMPLED = 5000
 """Sampled gradients that the Hessian is estimated from ..."""
 SAMPLED_NUMBERS = 2**26
 """... and the most numbers in all of them."""
-PANELS = 4
-"""Parts that the symmetric matrix is formed in: what lies above the diagonal is not."""
 STEPS = 12
 """Iterations at most ..."""
 ENOUGH = 0.3
@@ -291,8 +289,11 @@ class Span:
             chosen = (softest < softest.sort().values[MOST_DIRECTIONS]).nonzero()[:, 0]
         every = torch.cat([chosen, torch.arange(total, total + problem.outputs, device=problem.device)])
         n = len(chosen)
-        whole = _symmetric(parts, every if n < total else None, scale.new_zeros(len(every), len(every)))
-        moment = problem.world.sum(whole)
+        moment = scale.new_zeros(len(every), len(every))
+        with rough_products(problem.device):
+            for part in parts:
+                add_moment(moment, part if n == total else part[:, every])
+        moment = from_lower(problem.world.sum(moment))
         moment[:n] *= scale[chosen, None]
         moment[:, :n] *= scale[chosen]
         hessian = moment[:n, :n]
@@ -437,18 +438,6 @@ def positive_factor(matrix: Tensor) -> Tensor:
             return factor
         matrix = matrix + 10.0**power * largest * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.cholesky(matrix)
-
-
-def _symmetric(parts: list[Tensor], columns: Tensor | None, into: Tensor) -> Tensor:
-    """The sum of G^T G over the parts G, or only these columns of them, into zeros."""
-    width = -(-len(into) // PANELS)
-    with rough_products(into.device):
-        for part in parts:
-            chosen = part if columns is None else part[:, columns]
-            for start in range(0, len(into), width):
-                stop = min(len(into), start + width)
-                into[start:stop, :stop].addmm_(chosen[:, start:stop].mT, chosen[:, :stop])
-    return torch.tril(into) + torch.tril(into, -1).mT
 
 
 def span_work(problem: Problem, factors: Factors, more: int, low: torch.dtype | None) -> float:
