@@ -12,7 +12,7 @@ import convexheads.problem
 from contract_cases import SMALL, Case, float32_problem, random_units
 from convexheads import memory, products
 from convexheads.problem import Problem, Sums, take_rows
-from convexheads.products import WORTH, exact_through_onednn, fast_products, rough_products
+from convexheads.products import WORTH, add_moment, exact_through_onednn, fast_products, from_lower, rough_products
 from convexheads.solvers import warmup
 from convexheads.solvers.preconditioner import Preconditioner
 
@@ -245,3 +245,19 @@ def test_statistics_are_never_rough(monkeypatch: pytest.MonkeyPatch) -> None:
     before = products._setting().fp32_precision
     Preconditioner(problem, random_units(problem).to(torch.float32), torch.Generator().manual_seed(0))
     assert set(seen) == {f"statistics {before}", "moments bf16"}
+
+
+@pytest.mark.parametrize("columns", [1, products.PANEL, 2 * products.PANEL + 3])
+def test_a_second_moment_is_that_of_its_lower_triangle(columns: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(rows, columns, generator=generator, dtype=torch.float64) for rows in (0, 5, 30)]
+    moment = torch.zeros(columns, columns, dtype=torch.float64)
+    for part in parts:
+        add_moment(moment, part)
+    whole = torch.cat(parts)
+    exact = whole.mT @ whole
+    torch.testing.assert_close(from_lower(moment), exact, rtol=1e-12, atol=1e-12)
+    # What eigendecompositions read.
+    torch.testing.assert_close(torch.linalg.eigvalsh(moment), torch.linalg.eigvalsh(exact), rtol=1e-9, atol=1e-9)
+    beyond = moment[: products.PANEL, products.PANEL :]
+    assert not beyond.any()
