@@ -291,8 +291,8 @@ class Span:
         n = len(chosen)
         moment = scale.new_zeros(len(every), len(every))
         with rough_products(problem.device):
-            for part in parts:
-                add_moment(moment, part if n == total else part[:, every])
+            for each in parts:
+                add_moment(moment, each if n == total else each[:, every])
         moment = from_lower(problem.world.sum(moment))
         moment[:n] *= scale[chosen, None]
         moment[:, :n] *= scale[chosen]
