@@ -27,6 +27,7 @@ from torch import Tensor
 from convexheads.distributed import World
 from convexheads.operator import Component
 from convexheads.problem import Problem, take_rows
+from convexheads.products import add_moment, column_squares, from_lower, rough_products
 from convexheads.solvers.units import block_units
 from convexheads.spectral import principal_axes
 from convexheads.subspace import IN_USE, OutsidePairs
@@ -133,7 +134,7 @@ class Core:
         self.left = torch.cat([left[kept], -outside.left.double()]).to(dtype)
         self.right = torch.cat([right[kept], outside.right.double()]).to(dtype)
         self.axes = torch.cat([axes[:, kept], spare.expand(len(axes), -1)], 1).to(dtype)
-        held = len(size[kept])
+        self.held = held = len(size[kept])
         self.extra = Units(
             self.left[held:].view(-1, *component.form.u_shape),
             units.v.new_zeros(len(spare), *units.v.shape[1:]),
@@ -164,17 +165,21 @@ class Core:
         values = (own @ self.right.view(self.side, *self.extra.v.shape[1:]).flatten(0, 1).mT).view(
             len(E), self.side, -1
         )
-        gradients = (features @ values.mT).mul_(self.scale).flatten(1)[:, self.candidates]
-        self.sampled.append(torch.cat([gradients, E], 1) * weights.sqrt()[:, None])
+        gradients = (features @ values.mT).mul_(self.scale)
+        # In the order of the candidates.
+        parts = [gradients[:, : self.held].flatten(1), gradients[:, self.held :, : self.held].flatten(1), E]
+        self.sampled.append(torch.cat(parts, 1).mul_(weights.sqrt()[:, None]))
 
     def finish(self, world: World, rows: int, outputs: int, centred: bool) -> None:
         """Choose the directions, and factorise their Hessian; ``rows`` gradients of all workers were taken in."""
-        # A worker may have none of the samples.
-        sampled = torch.cat([self.left.new_zeros(0, len(self.candidates) + outputs), *self.sampled])
+        parts, total = self.sampled, len(self.candidates)
         del self.sampled
-        curvature = sampled.new_full((self.side**2,), torch.inf)
-        squares = torch.linalg.vector_norm(sampled, dim=0).square()
-        curvature[self.candidates] = world.sum(squares)[: len(self.candidates)]
+        # A worker may have none of the samples.
+        squares = self.left.new_zeros(total + outputs)
+        for each in parts:
+            squares += column_squares(each)
+        curvature = self.left.new_full((self.side**2,), torch.inf)
+        curvature[self.candidates] = world.sum(squares)[:total]
         # Both of (r, s) and (s, r), or neither.
         square = curvature.view(self.side, self.side)
         softest = torch.minimum(square, square.mT).flatten()[self.candidates]
@@ -186,18 +191,21 @@ class Core:
         else:
             chosen = softest < SOFT * self.damping
         self.chosen = self.candidates[chosen]
-        E = sampled[:, len(self.candidates) :]
-        sampled = torch.cat([sampled[:, : len(self.candidates)][:, chosen], E], 1)
         n = len(self.chosen)
-        moment = world.sum(sampled.mT @ sampled).double()
+        every = torch.cat([chosen.nonzero()[:, 0], torch.arange(total, total + outputs, device=chosen.device)])
+        moment = self.left.new_zeros(len(every), len(every))
+        with rough_products(moment.device):
+            for each in parts:
+                add_moment(moment, each[:, every])
+        moment = from_lower(world.sum(moment)).double()
         hessian, drift, _ = without_intercept(moment, n) if centred else (moment[:n, :n], None, None)
-        self.drift = None if drift is None else drift.to(sampled.dtype)
+        self.drift = None if drift is None else drift.to(squares.dtype)
         place = torch.full((self.side**2,), -1, device=self.chosen.device)
         place[self.chosen] = torch.arange(n, device=self.chosen.device)
         other = place.view(self.side, self.side).mT.flatten()[self.chosen]
         damping = hessian.new_full((n,), self.damping)
         hessian = with_decay(hessian, damping, self.coupling.flatten()[self.chosen], other, self.caution)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(sampled.dtype)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(squares.dtype)
 
     def parts(self, du: Tensor, dv: Tensor) -> Tensor:
         """Components along the chosen directions of vectors with parts du (r, m, p), dv (r, m, q): (r, directions)."""

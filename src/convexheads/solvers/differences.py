@@ -46,7 +46,7 @@ class Kept:
     def write(self, index: slice, T: Tensor) -> None:
         self.rows[index] = T.mT if self.transposed else T
 
-    def read(self, index: slice) -> Tensor:
+    def read(self, index: slice = slice(None)) -> Tensor:
         return self.rows[index].mT if self.transposed else self.rows[index]
 
     def take(self, index: Tensor) -> Tensor:
@@ -136,35 +136,37 @@ class Differences:
         steps = [units.to(low) for units in moved.units]
         values = [units.v.to(low) for units in self.shapes.like(x).units]
         both = [torch.cat([v, step.v], 2) for v, step in zip(values, steps, strict=True)]
+        # What is kept of all samples lies in one piece: one product of it is faster than one a chunk. Units that have
+        # come since the reference follow those that there are features of, and were zero.
+        kept = [each.read() for each in self.features]
+        O = self.outputs.clone() if moved.intercept is None else self.outputs + moved.intercept
+        for component, T_0, step in zip(problem.components, kept, steps, strict=True):
+            O[:, component.outputs] += component.forward(T_0, step.v[: T_0.shape[1]])
+        moves = torch.empty(O.shape, dtype=low, device=O.device)
         for index, stats in problem.chunks(low, max(1, moved.n_units)):
             targets, weights = problem.targets_of(index, x.dtype)
-            O, L_0 = self.outputs[index].clone(), self.residuals[index]
-            parts = []
-            for component, each, kept, step, v in zip(
-                problem.components, stats, self.features, steps, values, strict=True
-            ):
-                T, pull = component.features_and_pullback(each, step)
-                T_0 = kept.read(index)
-                if step.u is not None:
-                    O[:, component.outputs] += component.forward(T, v)
-                # Units that have come since the reference follow those that there are features of, and were zero.
-                O[:, component.outputs] += component.forward(T_0, step.v[: T_0.shape[1]])
-                parts.append((T, pull, T_0))
-            if moved.intercept is not None:
-                O += moved.intercept
-            loss, L = problem.own_loss.value_and_gradient(O, targets, weights)
+            own, L_0 = O[index], self.residuals[index]
+            parts = [
+                component.features_and_pullback(each, step)
+                for component, each, step in zip(problem.components, stats, steps, strict=True)
+            ]
+            for component, (T, pull), v in zip(problem.components, parts, values, strict=True):
+                if pull is not None:
+                    own[:, component.outputs] += component.forward(T, v)
+            loss, L = problem.own_loss.value_and_gradient(own, targets, weights)
             total += loss
-            moves = L - L_0
+            difference = L - L_0
             if change.intercept is not None:
-                change.intercept += moves.sum(0)
-            L, L_0, moves = L.to(low), L_0.to(low), moves.to(low)
-            for component, v, (T, pull, T_0), g in zip(problem.components, both, parts, change.units, strict=True):
-                own = component.outputs
-                sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[:, own]))
+                change.intercept += difference.sum(0)
+            moves[index] = difference
+            L, both_L = L.to(low), (moves[index], L_0.to(low))
+            for component, v, (T, pull), g in zip(problem.components, both, parts, change.units, strict=True):
                 if pull is None or g.u is None:
                     continue
-                sums.add(g.v, component.adjoint_v(T, L[:, own]))
-                cotangent = torch.cat([moves[:, own], L_0[:, own]], 1)
+                sums.add(g.v, component.adjoint_v(T, L[:, component.outputs]))
+                cotangent = torch.cat([each[:, component.outputs] for each in both_L], 1)
                 sums.add(g.u, pull(component.adjoint_features(T, v, cotangent)))
+        for component, T_0, g in zip(problem.components, kept, change.units, strict=True):
+            sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[:, component.outputs]))
         sums.close()
         return total, flat

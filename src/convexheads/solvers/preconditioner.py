@@ -29,7 +29,7 @@ from convexheads.distributed import World
 from convexheads.memory import WORKSPACE
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, take_rows
-from convexheads.products import add_moment, rough_products
+from convexheads.products import add_moment, column_squares, rough_products
 from convexheads.solvers.cores import Cores
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by_group
 from convexheads.subspace import OutsidePairs
@@ -389,7 +389,7 @@ class VBlocks:
         mean = mean / total if self.centred else torch.zeros_like(mean)
         # In place: these are the largest arrays of all, and fresh pages cost more than what is done with them.
         rows = world.sum(self.heavy.sub_(mean.mT[:, None]).mul_(root[..., None]))
-        rest = square - total * mean.square() - torch.linalg.vector_norm(rows, dim=1).square().mT
+        rest = square - total * mean.square() - column_squares(rows).mT
         # One for all groups: heavy rows couple them.
         self.inverse = OutputwiseInverse(self.bases, rows, rest, self.damping, self.shift_free)
         self.mean = by_group([basis.matmul for basis in self.bases], self.sizes, mean) if self.centred else None

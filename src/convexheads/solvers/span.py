@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, Sums, take_rows
-from convexheads.products import add_moment, from_lower, rough_products
+from convexheads.products import add_moment, column_squares, from_lower, rough_products
 from convexheads.solvers.cores import DAMPING, orthonormal, pair_weights, with_decay, without_intercept
 from convexheads.solvers.differences import Kept
 from convexheads.solvers.lbfgs import LBFGS
@@ -217,25 +217,22 @@ class Span:
             own = [move for move, block in zip(moves, self.blocks, strict=True) if block.component == k]
             values.append(torch.cat([units.v.flatten(1)[:0], *own]).view(units.v.shape).to(low))
         drift = None if self.start.intercept is None else intercept - self.start.intercept.to(dtype)
-        total, sums = 0.0, Sums()
-        found = [torch.zeros_like(units.v) for units in self.basis]
-        slope_b = torch.zeros_like(self.slope_b)
-        for index in split_rows(problem.local, problem.pass_rows(low, sum(len(units.v) for units in self.basis))):
-            targets, weights = problem.targets_of(index, dtype)
-            O = self.O[index].reshape(-1, problem.outputs).clone()
-            if drift is not None:
-                O += drift
-            T = [kept.read(self._rows(index)) for kept in self.kept]
-            for component, each, value in zip(problem.components, T, values, strict=True):
-                O[:, component.outputs] += component.forward(each, value)
-            loss, L = problem.own_loss.value_and_gradient(O.view(targets.shape), targets, weights)
-            total += loss
-            change = (L - self.L[index]).reshape(-1, problem.outputs)
-            slope_b += change.sum(0)
-            change = change.to(low)
-            for component, each, into in zip(problem.components, T, found, strict=True):
-                sums.add(into, component.adjoint_v(each, change[:, component.outputs]))
-        sums.close()
+        # All samples at once: there are no temporaries but of the size of the outputs.
+        T = [kept.read() for kept in self.kept]
+        O = self.O.reshape(-1, problem.outputs)
+        O = O.clone() if drift is None else O + drift
+        for component, each, value in zip(problem.components, T, values, strict=True):
+            O[:, component.outputs] += component.forward(each, value)
+        total, L = problem.own_loss.value_and_gradient(
+            O.view(self.O.shape), *problem.targets_of(slice(0, problem.local), dtype)
+        )
+        change = (L - self.L).reshape(-1, problem.outputs)
+        slope_b = change.sum(0)
+        change = change.to(low)
+        found = [
+            component.adjoint_v(each, change[:, component.outputs]).to(dtype)
+            for component, each in zip(problem.components, T, strict=True)
+        ]
         value = torch.tensor(total, dtype=torch.float64, device=x.device)
         *moved, slope_b, value = problem.world.sum_all([*self._onto_right(found), slope_b, value])
         self.gradients_S = [old + new for old, new in zip(self.slope, moved, strict=True)]
@@ -277,7 +274,7 @@ class Span:
         squares = torch.zeros(total + problem.outputs, dtype=dtype, device=problem.device)
         for part in split_rows(len(index), problem.pass_rows(dtype, max(block.k for block in self.blocks))):
             parts.append(self._sampled(index[part], noise[part].to(problem.device), problem.n / count))
-            squares += torch.linalg.vector_norm(parts[-1], dim=0).square()
+            squares += column_squares(parts[-1])
         damping = torch.cat([scale.new_full((n,), b.damping) for n, b in zip(sizes, self.blocks, strict=True)])
         curvature = problem.world.sum(squares)[:total] * scale.square()
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
