@@ -16,11 +16,13 @@ from convexheads.problem import Problem, Sums
 from convexheads.products import low_precision
 from convexheads.types import Factors
 
-BATCH = 512
+BATCH, LARGE_BATCH, LARGE_STEPS = 512, 1024, 200
+"""Samples of a mini-batch; more in low precision, where a mini-batch costs half as much besides its products as they
+cost, if there are so many steps: noise is the limit then, not their number."""
 LOW_WORK = 1e9
 """Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
-SHARE = 0.15
-"""Step size as a share of the expected root mean square of an entry."""
+SHARE, LARGE_SHARE = 0.15, 0.2
+"""Step size as a share of the expected root mean square of an entry, for mini-batches of either size."""
 INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
 
@@ -68,22 +70,25 @@ def adam_epochs(
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
     problem = lowered(problem, factors)
+    many = epochs * problem.n >= LARGE_STEPS * LARGE_BATCH
+    large = problem.world.every(many and problem.low is not None)
+    batch, share = (LARGE_BATCH, LARGE_SHARE) if large else (BATCH, SHARE)
     x = factors.flat()
     # As vectors: a step takes few operations, however many tensors there are.
     rates = torch.empty_like(x)
     own = factors.like(rates)
     for component, units in zip(problem.components, own.units, strict=True):
-        size = SHARE * norm / math.sqrt(component.weight)
+        size = share * norm / math.sqrt(component.weight)
         if units.u is not None:
             units.u.fill_(size / math.sqrt(component.p))
         units.v.fill_(size / math.sqrt(component.q))
     if own.intercept is not None:
         own.intercept.fill_(INTERCEPT_RATE)
     first, second, root = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
-    steps = epochs * math.ceil(problem.n / BATCH)
+    steps = epochs * math.ceil(problem.n / batch)
     step = 0
     for _ in range(epochs):
-        for gradient in minibatches(problem, factors, x, BATCH, generator):
+        for gradient in minibatches(problem, factors, x, batch, generator):
             step += 1
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
             first.lerp_(gradient, 0.1)
