@@ -12,7 +12,15 @@ import convexheads.problem
 from contract_cases import SMALL, Case, float32_problem, random_units
 from convexheads import memory, products
 from convexheads.problem import Problem, Sums, take_rows
-from convexheads.products import WORTH, add_moment, exact_through_onednn, fast_products, from_lower, rough_products
+from convexheads.products import (
+    WORTH,
+    add_moment,
+    column_squares,
+    exact_through_onednn,
+    fast_products,
+    from_lower,
+    rough_products,
+)
 from convexheads.solvers import warmup
 from convexheads.solvers.preconditioner import Preconditioner
 
@@ -261,3 +269,36 @@ def test_a_second_moment_is_that_of_its_lower_triangle(columns: int) -> None:
     torch.testing.assert_close(torch.linalg.eigvalsh(moment), torch.linalg.eigvalsh(exact), rtol=1e-9, atol=1e-9)
     beyond = moment[: products.PANEL, products.PANEL :]
     assert not beyond.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5, 1), (2 * products.PANEL + 3, 7), (4, 9, 6)])
+def test_squared_norms_of_columns(shape: tuple[int, ...]) -> None:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact = torch.linalg.vector_norm(rows, dim=-2).square()
+    torch.testing.assert_close(column_squares(rows), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("low", "epochs", "size"), [(True, 20, 8), (True, 19, 4), (False, 20, 4)])
+def test_minibatches_are_larger_in_low_precision_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, low: bool, epochs: int, size: int
+) -> None:
+    problem = float32_problem(replace(SOME[0], n=40))
+    monkeypatch.setattr(warmup, "BATCH", 4)
+    monkeypatch.setattr(warmup, "LARGE_BATCH", 8)
+    monkeypatch.setattr(warmup, "LARGE_STEPS", 20 * problem.n / 8)
+    monkeypatch.setattr(warmup, "lowered", lambda own, factors: own.in_low_precision(torch.bfloat16 if low else None))
+    sizes: set[int] = set()
+    take = Problem.stats_of
+
+    def watched(self: Problem, index: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(index, torch.Tensor):
+            sizes.add(len(index))
+        return take(self, index, *args, **kwargs)
+
+    monkeypatch.setattr(Problem, "stats_of", watched)
+    start = random_units(problem).to(torch.float32)
+    before = problem.value(start)
+    sizes.clear()
+    found = warmup.adam_epochs(problem, start, 0.5, epochs, torch.Generator().manual_seed(0))
+    assert max(sizes) == size
+    assert problem.value(found) < before

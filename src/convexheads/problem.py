@@ -37,7 +37,7 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-LEAST_ROWS, LEAST_LOW_ROWS, FEWEST_ROWS = 512, 5120, 256
+LEAST_ROWS, LEAST_LOW_ROWS, FEWEST_ROWS = 1024, 5120, 256
 """Samples a chunk at least of heads whose evaluation is products: of numbers of four bytes, and of fewer. Only the
 last is sure where temporaries of so many would be blocks that are mapped anew each time."""
 LOW_ROWS = 2.5
