@@ -92,6 +92,21 @@ def with_decay(curvature: Tensor, damping: Tensor, coupling: Tensor, mirrored: T
     return hessian
 
 
+def with_a_unit(matrices: Tensor, m: int) -> Tensor:
+    """The entries (r, s) of square matrices (..., k, k) where r or s is one of the ``m`` units, which come first."""
+    return torch.cat([matrices[..., :m, :].flatten(-2), matrices[..., m:, :m].flatten(-2)], -1)
+
+
+def moment_of(parts: list[Tensor], columns: Tensor, like: Tensor, world: World) -> Tensor:
+    """The second moment of some columns of sampled gradients, ``parts`` (rows, D), over all workers; may be rough."""
+    # A worker may have none of the samples.
+    moment = like.new_zeros(len(columns), len(columns))
+    with rough_products(like.device):
+        for each in parts:
+            add_moment(moment, each if len(columns) == each.shape[1] else each[:, columns])
+    return from_lower(world.sum(moment))
+
+
 class Core:
     """The soft directions of one block.
 
@@ -142,8 +157,8 @@ class Core:
         )
         *weights, self.coupling = pair_weights(size[kept], outside.sigma, damping)
         self.on_left, self.on_right, self.scale = (each.to(dtype) for each in weights)
-        inside = torch.arange(self.side, device=units.v.device) < held
-        self.candidates = (inside[:, None] | inside).flatten().nonzero()[:, 0]
+        numbers = torch.arange(self.side**2, device=units.v.device)
+        self.candidates = with_a_unit(numbers.view(self.side, self.side), held)
         self.sampled: list[Tensor] = []
 
     @property
@@ -166,9 +181,7 @@ class Core:
             len(E), self.side, -1
         )
         gradients = (features @ values.mT).mul_(self.scale)
-        # In the order of the candidates.
-        parts = [gradients[:, : self.held].flatten(1), gradients[:, self.held :, : self.held].flatten(1), E]
-        self.sampled.append(torch.cat(parts, 1).mul_(weights.sqrt()[:, None]))
+        self.sampled.append(torch.cat([with_a_unit(gradients, self.held), E], 1).mul_(weights.sqrt()[:, None]))
 
     def finish(self, world: World, rows: int, outputs: int, centred: bool) -> None:
         """Choose the directions, and factorise their Hessian; ``rows`` gradients of all workers were taken in."""
@@ -193,11 +206,7 @@ class Core:
         self.chosen = self.candidates[chosen]
         n = len(self.chosen)
         every = torch.cat([chosen.nonzero()[:, 0], torch.arange(total, total + outputs, device=chosen.device)])
-        moment = self.left.new_zeros(len(every), len(every))
-        with rough_products(moment.device):
-            for each in parts:
-                add_moment(moment, each[:, every])
-        moment = from_lower(world.sum(moment)).double()
+        moment = moment_of(parts, every, self.left, world).double()
         hessian, drift, _ = without_intercept(moment, n) if centred else (moment[:n, :n], None, None)
         self.drift = None if drift is None else drift.to(squares.dtype)
         place = torch.full((self.side**2,), -1, device=self.chosen.device)

@@ -46,8 +46,8 @@ class Kept:
     def write(self, index: slice, T: Tensor) -> None:
         self.rows[index] = T.mT if self.transposed else T
 
-    def read(self, index: slice = slice(None)) -> Tensor:
-        return self.rows[index].mT if self.transposed else self.rows[index]
+    def read(self) -> Tensor:
+        return self.rows.mT if self.transposed else self.rows
 
     def take(self, index: Tensor) -> Tensor:
         """A copy of some samples."""

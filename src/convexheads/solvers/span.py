@@ -25,8 +25,16 @@ from torch import Tensor
 
 from convexheads.operator import split_rows
 from convexheads.problem import Problem, Sums, take_rows
-from convexheads.products import add_moment, column_squares, from_lower, rough_products
-from convexheads.solvers.cores import DAMPING, orthonormal, pair_weights, with_decay, without_intercept
+from convexheads.products import column_squares, rough_products
+from convexheads.solvers.cores import (
+    DAMPING,
+    moment_of,
+    orthonormal,
+    pair_weights,
+    with_a_unit,
+    with_decay,
+    without_intercept,
+)
 from convexheads.solvers.differences import Kept
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.units import block_units
@@ -72,7 +80,7 @@ class Block:
         self.on_left, self.on_right, scale, coupling = weights
         # Numbers r * k + s of the directions: none where neither has a unit.
         numbers = torch.arange(k * k, device=own.device).view(k, k)
-        self.numbers = torch.cat([numbers[:m].flatten(), numbers[m:, :m].flatten()])
+        self.numbers = with_a_unit(numbers, m)
         self.scale = scale.flatten()[self.numbers]
         self.coupling = coupling.flatten()[self.numbers]
         place = torch.empty(k * k, dtype=torch.long, device=own.device)
@@ -84,8 +92,7 @@ class Block:
 
         T (rows, k, width) features of the basis, ``values`` (rows, width, k) the residuals E times the right vectors.
         """
-        product = T @ values
-        return torch.cat([product[:, : self.m].flatten(1), product[:, self.m :, : self.m].flatten(1)], 1)
+        return with_a_unit(T @ values, self.m)
 
 
 class Span:
@@ -286,11 +293,7 @@ class Span:
             chosen = (softest < softest.sort().values[MOST_DIRECTIONS]).nonzero()[:, 0]
         every = torch.cat([chosen, torch.arange(total, total + problem.outputs, device=problem.device)])
         n = len(chosen)
-        moment = scale.new_zeros(len(every), len(every))
-        with rough_products(problem.device):
-            for each in parts:
-                add_moment(moment, each if n == total else each[:, every])
-        moment = from_lower(problem.world.sum(moment))
+        moment = moment_of(parts, every, scale, problem.world)
         moment[:n] *= scale[chosen, None]
         moment[:, :n] *= scale[chosen]
         hessian = moment[:n, :n]
