@@ -10,7 +10,7 @@ import torch
 
 from contract_cases import Case, float32_problem, make_setting, random_units
 from convexheads import ConvexHeadClassifier
-from convexheads.certificate import Certificate, certify_factors
+from convexheads.certificate import Certificate, certify_factors, dual_point
 from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, preconditioner, starts
@@ -50,6 +50,55 @@ def test_all_ritz_pairs_above_beta_are_found_and_are_directions_of_descent() -> 
         assert abs(value - pair.sigma) < 1e-8 * pair.sigma
         assert abs(float(pair.u.norm()) - 1) < 1e-8
         assert abs(float(pair.v.norm()) - 1) < 1e-8
+
+
+def test_a_search_from_the_units_next_to_an_optimum_has_little_left_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problem(0.05)
+    factors = solver_function("factored")(found, tol=1e-4).factors
+    L = dual_point(found, found.forward(factors))
+    exact = float(torch.linalg.matrix_norm(found.gamma(L, 0, None), 2)) / found.components[0].weight
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    products: list[int] = []
+    original = BlockSubspace._apply
+
+    def watched(self: BlockSubspace, searches: list, *args: object, **options: object) -> object:
+        products.append(len(searches))
+        return original(self, searches, *args, **options)
+
+    monkeypatch.setattr(BlockSubspace, "_apply", watched)
+
+    def search(known: Factors | None, rounds: int) -> tuple[float, int]:
+        products.clear()
+        subspace = BlockSubspace(found, torch.Generator().manual_seed(0))
+        return subspace.top_pairs(L, 2, rounds, 1e-5, factors=known)[0], len(products)
+
+    from_units, few = search(factors, 24)
+    from_nothing, many = search(None, 24)
+    assert from_units <= exact * (1 + 1e-9)
+    assert from_units == pytest.approx(exact, rel=1e-5)
+    assert from_nothing <= exact * (1 + 1e-9)
+    assert few < 0.7 * many
+    # A single product tells three digits.
+    assert search(factors, 1) == (pytest.approx(exact, rel=1e-3), 1)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("mlp", d=4, c=2), Case("mixer", s=2, d=3, c=2), Case("self_attention", d=2, c=6)]
+)
+def test_a_search_ends_where_its_basis_is_the_whole_space(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_setting(case).problem
+    monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
+    L = found.null_gradient()
+    for factors in (None, random_units(found)):
+        subspace = BlockSubspace(found, torch.Generator().manual_seed(0))
+        for _ in range(2):
+            sigma, _, _ = subspace.top_pairs(L, PAIRS, 50, 0.0, factors=factors)
+            exact = max(
+                float(torch.linalg.matrix_norm(gamma, 2)) / component.weight
+                for k, component in enumerate(found.components)
+                for _, gamma in found.gammas(L, k)
+            )
+            assert sigma == pytest.approx(exact, rel=1e-9)
 
 
 def test_growth_adds_many_units_at_once_where_many_are_missing() -> None:

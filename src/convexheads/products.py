@@ -113,8 +113,13 @@ def add_moment(into: Tensor, rows: Tensor) -> None:
 
 
 def from_lower(lower: Tensor) -> Tensor:
-    """The symmetric matrix of a lower triangle."""
-    return torch.tril(lower) + torch.tril(lower, -1).mT
+    """The symmetric matrix of a lower triangle, in the memory of that: new pages would take longer than all else."""
+    for start in range(0, len(lower), PANEL):
+        stop = min(len(lower), start + PANEL)
+        lower[:start, start:stop] = lower[start:stop, :start].mT
+        block = lower[start:stop, start:stop]
+        block.copy_(torch.tril(block) + torch.tril(block, -1).mT)
+    return lower
 
 
 def column_squares(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Leading singular pairs of all blocks at once, matrix-free, and beta_max.
 
-Block Krylov iteration with the adjoint applied from both sides; every value is a Rayleigh quotient, hence a lower bound
-of the true one: good for steering a solver, never for a claim.
+Block Krylov iteration with the adjoint applied from both sides, from the span of the units there are; every value is a
+Rayleigh quotient, hence a lower bound of the true one: good for steering a solver, never for a claim.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class SingularPair:
 class BlockSubspace:
     """Block Krylov search on all blocks at once; remembers its vectors, so that the next dual point starts there.
 
-    The Krylov space of Gamma^T Gamma is kept whole (with full reorthogonalisation), which needs far fewer adjoints
-    than plain subspace iteration where singular values cluster at beta, as they do at an optimum.
+    The Krylov space of Gamma Gamma^T is kept whole (with full reorthogonalisation), which needs far fewer adjoints
+    than plain subspace iteration where singular values cluster at beta, as they do at an optimum. There one belongs to
+    every unit, next to its own vectors: from the span of all of them a search has little left to find.
     """
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
@@ -56,45 +57,61 @@ class BlockSubspace:
         tol: float = 1e-4,
         hopeless: Callable[[float, float], bool] | None = None,
         low: torch.dtype | None = None,
+        factors: Factors | None = None,
     ) -> tuple[float, list[SingularPair], float]:
         """Leading singular pairs of every Gamma_g = A_g^* L, from below.
 
         Returns max_g sigma_g / w_g, the pairs with sigma > beta w_g, and the ridge branches'
-        sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative, and after the
-        second round where ``hopeless``, of these two numbers, says that they are too large already. ``low`` is the
-        precision that factors of products may be rounded to: then values have three digits, and may be too large.
+        sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative, and where
+        ``hopeless``, of these two numbers, says that they are too large already. ``low`` is the precision that factors
+        of products may be rounded to: then values have three digits, and may be too large. At the dual point of some
+        ``factors`` most of the vectors sought lie in the span of their units, next to an optimum.
         """
         problem = self.problem
         if self._forms(size, rounds):
-            return self._dense_pairs(L, size, rounds, tol)
+            return self._dense_pairs(L, size, rounds, tol, factors)
         searches = [
-            _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
+            self._search(k, gate, size, L.dtype, factors)
             for k, component in enumerate(problem.components)
             if not component.ridge
-            for g in problem.gates_of(k)
+            for gate in problem.gates_of(k)
         ]
-        for search in searches:
-            search.start(self.top.get(search.key), self.generator, L)
         previous, best, ridge = 0.0, 0.0, 0.0
         for step in range(rounds):
-            applied, ridge = self._apply(searches, L, ridge, low, left=True, with_ridge=step == 0)
-            for search, image in zip(searches, applied, strict=True):
-                search.extend_left(image)
-            applied, _ = self._apply(searches, L, ridge, low, left=False, with_ridge=False)
-            for search, image in zip(searches, applied, strict=True):
+            if step:
+                images, _ = self._apply(searches, L, ridge, low, left=True, with_ridge=False)
+                for search, image in zip(searches, images, strict=True):
+                    search.extend_left(image)
+                if all(search.exhausted for search in searches):
+                    break
+            images, ridge = self._apply(searches, L, ridge, low, left=False, with_ridge=step == 0)
+            for search, image in zip(searches, images, strict=True):
                 search.extend_right(image)
             best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
-            if best <= previous * (1 + tol) or all(search.exhausted for search in searches):
-                break
-            if step == 1 and hopeless is not None and hopeless(best, ridge):
+            if best <= previous * (1 + tol) or (hopeless is not None and hopeless(best, ridge)):
                 break
             previous = best
         pairs = []
         for search in searches:
-            bound = problem.penalty_weight(problem.components[search.component])
-            self.top[search.key] = search.right[: search.size].mT
-            pairs += search.pairs_above(bound)
+            self.top[search.key] = search.kept()
+            pairs += search.pairs_above(problem.penalty_weight(problem.components[search.component]))
         return best, pairs, ridge
+
+    def _search(self, k: int, gate: int | None, size: int, dtype: torch.dtype, factors: Factors | None) -> _BlockSearch:
+        """A search in one block, from the span of its units and from what the last one has found."""
+        component = self.problem.components[k]
+        spanned = torch.zeros(0, component.p, dtype=dtype, device=self.problem.device)
+        if factors is not None:
+            units = factors.units[k]
+            assert units.u is not None
+            own = slice(None) if units.gate is None else units.gate == gate
+            u, v = units.u[own].flatten(1), units.v[own].flatten(1)
+            if len(u):
+                _, axes = principal_axes(u, v, IN_USE)
+                spanned = torch.linalg.qr(u.double().mT @ axes).Q.mT.to(dtype)
+        known = self.top.get((k, gate))
+        known = None if known is None else known.to(dtype)
+        return _BlockSearch(k, gate, (component.p, component.q), size, spanned, known, self.generator)
 
     def _forms(self, size: int, rounds: int) -> bool:
         """Whether forming every Gamma is cheaper than a search without them; few take more than the usual rounds."""
@@ -115,7 +132,9 @@ class BlockSubspace:
         searching = sum(2 * rounds * size * c.n_gates * 4 * (c.form.unit_work + c.q) for c in parts)
         return forming, searching
 
-    def _dense_pairs(self, L: Tensor, size: int, rounds: int, tol: float) -> tuple[float, list[SingularPair], float]:
+    def _dense_pairs(
+        self, L: Tensor, size: int, rounds: int, tol: float, factors: Factors | None
+    ) -> tuple[float, list[SingularPair], float]:
         """The same from explicit matrices, one block at a time."""
         problem = self.problem
         best, ridge = 0.0, 0.0
@@ -131,11 +150,10 @@ class BlockSubspace:
                     leading = enumerate(sigma.tolist())
                     pairs += [SingularPair(k, g, s, left[:, i], right[:, i]) for i, s in leading if s > bound]
                 else:
-                    search = _BlockSearch(k, g, component.p, component.q, min(size, component.p, component.q))
-                    search.start(self.top.get(search.key), self.generator, L)
+                    search = self._search(k, g, size, L.dtype, factors)
                     search.run(gamma, rounds, tol)
                     sigma = search.sigma
-                    self.top[search.key] = search.right[: search.size].mT
+                    self.top[search.key] = search.kept()
                     pairs += search.pairs_above(bound)
                 best = max(best, float(sigma[0]) / component.weight)
         return best, pairs, ridge
@@ -158,11 +176,19 @@ class BlockSubspace:
                 units.append(Units(None, torch.zeros(int(with_ridge), *shape, dtype=dtype, device=L.device)))
                 continue
             own = [search for search in searches if search.component == k]
-            u = torch.cat([search.new_u for search in own]).view(-1, *component.form.u_shape)
-            v = torch.cat([search.new_v for search in own]).view(-1, *shape)
+            counts = [len(search.new_v if left else search.new_u) for search in own]
+            # Of the other side only the number is asked for.
+            if left:
+                v = torch.cat([search.new_v for search in own])
+                u = v.new_zeros(len(v), component.p)
+            else:
+                u = torch.cat([search.new_u for search in own])
+                v = u.new_zeros(len(u), component.q)
+            u, v = u.view(-1, *component.form.u_shape), v.view(-1, *shape)
             gate = None
             if component.gates is not None:
-                gate = torch.cat([torch.full((len(s.new_u),), s.gate or 0, device=L.device) for s in own])
+                gates = [torch.full((n,), s.gate or 0, device=L.device) for n, s in zip(counts, own, strict=True)]
+                gate = torch.cat(gates)
             units.append(Units(u, v, gate))
         images = problem.adjoint(L, units, sides="left" if left else "right", low=low)
         if with_ridge:
@@ -176,7 +202,7 @@ class BlockSubspace:
             own = [search for search in searches if search.component == k]
             if own and image.u is not None:
                 part = image.u if left else image.v
-                found += part.flatten(1).split([len(search.new_u) for search in own])
+                found += part.flatten(1).split([len(s.new_v if left else s.new_u) for s in own])
         return found, ridge
 
 
@@ -300,55 +326,91 @@ class _Outside:
 
 
 class _BlockSearch:
-    """Krylov bases of one block: rows of ``U`` (r, p) and ``V`` (r, q), and B = U Gamma V^T."""
+    """Rayleigh-Ritz in a growing left basis of one block: orthonormal rows U (r, p), and their images under Gamma^T.
 
-    def __init__(self, component: int, gate: int | None, p: int, q: int, size: int) -> None:
-        self.component, self.gate, self.p, self.q, self.size = component, gate, p, q, size
-        self.key = (component, gate)
+    The basis starts from ``spanned`` (m, p), orthonormal rows, and from what is ``known`` (k, p) of others, or random
+    ones. Where nothing is spanned, its spans are those of block Krylov iteration.
+    """
+
+    def __init__(
+        self,
+        component: int,
+        gate: int | None,
+        shape: tuple[int, int],
+        size: int,
+        spanned: Tensor,
+        known: Tensor | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.component, self.gate = component, gate
+        self.p, self.q = shape
+        self.size = min(size, *shape)
+        self.spanned = len(spanned)
+        count = min(self.size, self.p - self.spanned)
+        if known is None:
+            others = torch.randn(count, self.p, generator=generator, dtype=torch.float64).to(
+                spanned.device, spanned.dtype
+            )
+        else:
+            # Most of them are units themselves: what is left of these comes last.
+            others = torch.linalg.svd(_without(known, spanned), full_matrices=False).Vh[:count]
+        self.new_u = torch.cat([spanned, _orthonormal(others, spanned)])
+        self.U, self.images = self.new_u[:0], self.new_u.new_zeros(0, self.q)
         self.exhausted = False
 
-    def start(self, known: Tensor | None, generator: torch.Generator, L: Tensor) -> None:
-        fresh = torch.randn(self.q, self.size, generator=generator, dtype=torch.float64).to(L.device, L.dtype)
-        start = fresh if known is None else torch.cat([known.to(L.dtype), fresh], 1)[:, : self.size]
-        self.new_v = torch.linalg.qr(start).Q.mT
-        self.V = self.new_v[:0]
-        self.U = self.new_v.new_zeros(0, self.p)
-        self.new_u = self.new_v.new_zeros(self.size, self.p)
-        self.images = self.new_v.new_zeros(0, self.q)
-        self.sigma = self.new_v.new_zeros(1)
-        self.right = self.new_v
+    @property
+    def key(self) -> tuple[int, int | None]:
+        return self.component, self.gate
+
+    def extend_right(self, image: Tensor) -> None:
+        """Take Gamma^T new_u (rows): Ritz values, and the right vectors of the leading ones."""
+        self.U, self.images = torch.cat([self.U, self.new_u]), torch.cat([self.images, image])
+        # Rows of images are (Gamma^T u_i)^T, so that images = A diag(sigma) B^T gives pairs (A^T U, B). By the Gram
+        # matrix, many times faster than a singular value decomposition; in float64 leading values lose nothing.
+        images = self.images.double()
+        squares, axes = torch.linalg.eigh(images @ images.mT)
+        self.sigma = squares.flip(0).clamp_min(0.0).sqrt()
+        self.axes = axes.flip(1)
+        self.new_v = self.right(min(self.size, self.q))
 
     def extend_left(self, image: Tensor) -> None:
         """Take Gamma new_v (rows) into the left basis."""
-        self.V = torch.cat([self.V, self.new_v])
-        self.new_u = _orthonormal(image, self.U)
+        self.new_u = _orthonormal(image[: self.p - len(self.U)], self.U)
+        self.exhausted = not len(self.new_u)
 
-    def extend_right(self, image: Tensor) -> None:
-        """Take Gamma^T new_u (rows): Rayleigh-Ritz in the left basis, and the next right vectors."""
-        self.U = torch.cat([self.U, self.new_u])
-        self.images = torch.cat([self.images, image])
-        # Rows of images are (Gamma^T u_i)^T, so that images = A diag(sigma) B^T gives pairs (A^T U, B).
-        A, self.sigma, Bt = torch.linalg.svd(self.images, full_matrices=False)
-        self.left, self.right = A.mT @ self.U, Bt
-        self.new_v = _orthonormal(image, self.V)
-        self.exhausted = len(self.V) + len(self.new_v) > min(self.p, self.q)
+    def left(self, count: int) -> Tensor:
+        """The first left Ritz vectors (count, p)."""
+        return self.axes[:, :count].to(self.U.dtype).mT @ self.U
+
+    def right(self, count: int) -> Tensor:
+        """The first right Ritz vectors (count, q)."""
+        scale = self.sigma[:count, None].clamp_min(torch.finfo(torch.float32).tiny)
+        return ((self.axes[:, :count].mT @ self.images.double()) / scale).to(self.U.dtype)
 
     def run(self, gamma: Tensor, rounds: int, tol: float) -> None:
         """The whole search on an explicit matrix."""
         previous = 0.0
-        for _ in range(rounds):
-            self.extend_left(self.new_v @ gamma.mT)
+        for step in range(rounds):
+            if step:
+                self.extend_left(self.new_v @ gamma.mT)
+                if self.exhausted:
+                    break
             self.extend_right(self.new_u @ gamma)
-            if float(self.sigma[0]) <= previous * (1 + tol) or self.exhausted:
+            if float(self.sigma[0]) <= previous * (1 + tol):
                 break
             previous = float(self.sigma[0])
 
+    def kept(self) -> Tensor:
+        """Left vectors that the next search starts from."""
+        return self.left(self.spanned + self.size)
+
     def pairs_above(self, bound: float) -> list[SingularPair]:
         """All Ritz pairs above ``bound``: those that have not converged are directions of descent all the same."""
+        count = min(int((self.sigma > bound).sum()), self.q)
+        left, right = self.left(count), self.right(count)
         return [
-            SingularPair(self.component, self.gate, sigma, self.left[i].clone(), self.right[i].clone())
-            for i, sigma in enumerate(self.sigma.tolist())
-            if sigma > bound
+            SingularPair(self.component, self.gate, float(self.sigma[i]), left[i].clone(), right[i].clone())
+            for i in range(count)
         ]
 
 

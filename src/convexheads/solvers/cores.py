@@ -73,23 +73,25 @@ def pair_weights(size: Tensor, outside: Tensor, damping: float) -> tuple[Tensor,
 
 
 def without_intercept(moment: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The moment of the first ``n`` columns once the intercept, the others, gives way; its drift, and its inverse."""
+    """The moment of the first ``n`` columns once the intercept, the others, gives way; its drift, and its inverse.
+
+    The first is written over that in ``moment``.
+    """
     inverse = torch.linalg.pinv(moment[n:, n:].double(), hermitian=True, rtol=1e-5).to(moment.dtype)
     drift = moment[:n, n:] @ inverse
-    return moment[:n, :n] - drift @ moment[n:, :n], drift, inverse
+    return moment[:n, :n].addmm_(drift, moment[n:, :n], alpha=-1.0), drift, inverse
 
 
 def with_decay(curvature: Tensor, damping: Tensor, coupling: Tensor, mirrored: Tensor, caution: float) -> Tensor:
     """The Hessian along directions from the curvature of the loss there: with weight decay, and the coupling by Gamma.
 
     ``damping`` is beta w of each, ``mirrored`` the number of (s, r) for each (r, s), ``caution`` a share of beta w that
-    is added.
+    is added. It is written over ``curvature``, which is symmetric but for rounding: factorisations read half of it.
     """
-    hessian = 0.5 * (curvature + curvature.mT)
-    each = torch.arange(len(hessian), device=hessian.device)
-    hessian[each, each] += (1.0 + caution) * damping
-    hessian[each, mirrored] -= damping * coupling
-    return hessian
+    each = torch.arange(len(curvature), device=curvature.device)
+    curvature[each, each] += (1.0 + caution) * damping
+    curvature[each, mirrored] -= damping * coupling
+    return curvature
 
 
 def with_a_unit(matrices: Tensor, m: int) -> Tensor:

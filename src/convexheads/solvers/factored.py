@@ -95,11 +95,11 @@ TARGET = 0.94
 """Share of the tolerance that the gap must be estimated below before a proof is tried."""
 ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
-CONVERGED = 0.1
+CONVERGED = 0.2
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
-SURE, SURE_ROUNDS = 0.01, 24
+SURE, SURE_ROUNDS = 0.03, 24
 """The same where the tolerance seems to be reached, and the most rounds then: a proof takes longer than all of them."""
-POLISHED, POLISHED_AGAIN = 1.4, 0.5
+POLISHED, POLISHED_AGAIN = 2.2, 0.5
 """The program restricted to the units' span is solved where the gap is at most this many times its target for each time
 that an evaluation takes longer than one in the span, and this share of what it was the time before, ..."""
 POLISH_WORK = 1e9
@@ -300,7 +300,13 @@ class Factored:
 
         limit = None if math.isinf(search.most) else hopeless
         sigma, pairs, ridge = self.subspace.top_pairs(
-            point.L.to(problem.dtype), search.size, search.rounds, search.growth * search.precision, limit, search.low
+            point.L.to(problem.dtype),
+            search.size,
+            search.rounds,
+            search.growth * search.precision,
+            limit,
+            search.low,
+            refitted,
         )
         return bound(sigma, ridge), pairs
 

@@ -41,7 +41,7 @@ from convexheads.solvers.units import block_units
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
-MOST_DIRECTIONS = 3000
+MOST_DIRECTIONS = 2000
 """Directions whose Hessian has all couplings: those of least curvature of the loss; others have its diagonal."""
 SAMPLED = 5000
 """Sampled gradients that the Hessian is estimated from ..."""
