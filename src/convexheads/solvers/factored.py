@@ -51,8 +51,9 @@ from convexheads.solvers.warmup import lowered
 from convexheads.subspace import ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
-REBUILD = 30
-"""Iterations between two preconditioners ..."""
+REBUILD, REBUILD_FEW = 30, 20
+"""Iterations between two preconditioners, and for few samples without gates, where one costs as much as two or three
+iterations ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 SOON = 0.3
@@ -99,7 +100,8 @@ CONVERGED = 0.2
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
 SURE, SURE_ROUNDS = 0.03, 24
 """The same where the tolerance seems to be reached, and the most rounds then: a proof takes longer than all of them."""
-POLISHED, POLISHED_AGAIN = 2.2, 0.5
+POLISHED_AT_ONCE = 0.4
+POLISHED, POLISHED_AGAIN = 1.8, 0.8
 """The program restricted to the units' span is solved where the gap is at most this many times its target for each time
 that an evaluation takes longer than one in the span, and this share of what it was the time before, ..."""
 POLISH_WORK = 1e9
@@ -257,10 +259,13 @@ class Factored:
         # Where there are few samples units are few, and iterations cheap beside checks.
         few = problem.n < WARMUP_SAMPLES
         self.patience = FEW_PATIENCE if few else PATIENCE
+        gated = any(component.gates is not None for component in problem.components)
+        self.rebuild = REBUILD_FEW if few and not gated else REBUILD
         # Whether units that shrink may be dropped early, and whether any were dropped.
         self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
-        self.polished_at = math.inf
+        # The gap and the iteration of the last solve in the units' span.
+        self.polished_at, self.polished_in = math.inf, -1
         # The precision of products of differences, where they are worth it, and what takes them.
         self.low: torch.dtype | None = None
         self.differences: Differences | None = None
@@ -369,7 +374,8 @@ class Factored:
         restricted = span_work(problem, factors, POLISH_PAIRS + POLISH_COUPLED, self.low)
         if not problem.world.every(math.isfinite(restricted)):
             return 0.0
-        return min(POLISHED * iteration / restricted * target, POLISHED_AGAIN * self.polished_at)
+        again = POLISHED_AT_ONCE if self.n_iter == self.polished_in else POLISHED_AGAIN
+        return min(POLISHED * iteration / restricted * target, again * self.polished_at)
 
     def polish(self, optimiser: LBFGS, factors: Factors, seen: Look, target: float) -> bool:
         """Solve the program in the span of ``factors`` and of some directions outside, near enough to an optimum.
@@ -380,7 +386,7 @@ class Factored:
         problem, gap = self.problem, seen.bound.relative_gap
         if not target < gap <= self.polishable(factors, target):
             return False
-        self.polished_at = gap
+        self.polished_at, self.polished_in = gap, self.n_iter
         L = dual_point(problem, seen.outputs).to(optimiser.x.dtype)
         outside = self.beyond.pairs(L, factors, POLISH_PAIRS, OUTSIDE_ROUNDS, self.low)
         outside = with_coupled(problem, L, factors, outside, POLISH_COUPLED, self.low)
@@ -533,7 +539,7 @@ class Factored:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
             schedule.earliest = schedule.latest = max(spacing, min(FIRST_CHECK, PATIENCE * spacing))
-        built_at = -REBUILD
+        built_at = -self.rebuild
         values: list[float] = []
         stalls, stalled, soft, failed = 0, False, False, False
         bound: Certificate | None = None
@@ -588,7 +594,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD)
+            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else self.rebuild)
             if not soft and self.worth_softening(shapes, bound, values, due):
                 soft = due = True
             if due:
@@ -611,7 +617,7 @@ class Factored:
             if moved and not self.exhausted(optimiser, bound):
                 continue
             stalls, stalled = stalls + 1, True
-            schedule.latest, built_at = self.n_iter, -REBUILD
+            schedule.latest, built_at = self.n_iter, -self.rebuild
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
                 self.leave_low()
