@@ -100,10 +100,11 @@ CONVERGED = 0.2
 """Growth of the largest singular value in a round of its search, as a share of that precision, that ends the search."""
 SURE, SURE_ROUNDS = 0.03, 24
 """The same where the tolerance seems to be reached, and the most rounds then: a proof takes longer than all of them."""
-POLISHED_AT_ONCE = 0.4
-POLISHED, POLISHED_AGAIN = 1.8, 0.8
+POLISHED = 1.4
 """The program restricted to the units' span is solved where the gap is at most this many times its target for each time
-that an evaluation takes longer than one in the span, and this share of what it was the time before, ..."""
+that an evaluation takes longer than one in the span, ..."""
+POLISHED_AT_ONCE, POLISHED_AGAIN = 0.4, 0.8
+"""... and at most these shares of what it was the time before, where that was just now, and after iterations, ..."""
 POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
