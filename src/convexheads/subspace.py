@@ -37,6 +37,17 @@ class SingularPair:
     v: Tensor
 
 
+def principal_in_use(units: Units, gate: int | None) -> tuple[Tensor, Tensor]:
+    """The principal units (r, p) and (r, q) of one block that are in use, in float64; none where it has no units."""
+    assert units.u is not None
+    own = slice(None) if units.gate is None else units.gate == gate
+    u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
+    if not len(u):
+        return u, v
+    _, axes = principal_axes(u, v, IN_USE)
+    return axes.mT @ u, axes.mT @ v
+
+
 class BlockSubspace:
     """Block Krylov search on all blocks at once; remembers its vectors, so that the next dual point starts there.
 
@@ -102,13 +113,8 @@ class BlockSubspace:
         component = self.problem.components[k]
         spanned = torch.zeros(0, component.p, dtype=dtype, device=self.problem.device)
         if factors is not None:
-            units = factors.units[k]
-            assert units.u is not None
-            own = slice(None) if units.gate is None else units.gate == gate
-            u, v = units.u[own].flatten(1), units.v[own].flatten(1)
-            if len(u):
-                _, axes = principal_axes(u, v, IN_USE)
-                spanned = torch.linalg.qr(u.double().mT @ axes).Q.mT.to(dtype)
+            u, _ = principal_in_use(factors.units[k], gate)
+            spanned = torch.linalg.qr(u.mT).Q.mT.to(dtype)
         known = self.top.get((k, gate))
         known = None if known is None else known.to(dtype)
         return _BlockSearch(k, gate, (component.p, component.q), size, spanned, known, self.generator)
@@ -249,13 +255,9 @@ class OutsideSubspace:
         blocks = []
         for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
             for gate in problem.gates_of(k) if units.u is not None else ():
-                own = slice(None) if units.gate is None else units.gate == gate
-                assert units.u is not None
-                u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
+                u, v = (side.to(L.dtype) for side in principal_in_use(units, gate))
                 if not len(u):
                     continue
-                _, axes = principal_axes(u, v, IN_USE)
-                u, v = (axes.mT @ u).to(L.dtype), (axes.mT @ v).to(L.dtype)
                 room = min(component.p, component.q) - len(u)
                 blocks.append(_Outside(k, gate, u, v, min(most, len(u), room)))
         known = [self.right.get(block.key) for block in blocks]
