@@ -51,9 +51,8 @@ from convexheads.solvers.warmup import lowered
 from convexheads.subspace import ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
-REBUILD, REBUILD_FEW = 30, 20
-"""Iterations between two preconditioners, and for few samples without gates, where one costs as much as two or three
-iterations ..."""
+REBUILD = 30
+"""Iterations between two preconditioners ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 SOON = 0.3
@@ -260,8 +259,6 @@ class Factored:
         # Where there are few samples units are few, and iterations cheap beside checks.
         few = problem.n < WARMUP_SAMPLES
         self.patience = FEW_PATIENCE if few else PATIENCE
-        gated = any(component.gates is not None for component in problem.components)
-        self.rebuild = REBUILD_FEW if few and not gated else REBUILD
         # Whether units that shrink may be dropped early, and whether any were dropped.
         self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
@@ -540,7 +537,7 @@ class Factored:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
             schedule.earliest = schedule.latest = max(spacing, min(FIRST_CHECK, PATIENCE * spacing))
-        built_at = -self.rebuild
+        built_at = -REBUILD
         values: list[float] = []
         stalls, stalled, soft, failed = 0, False, False, False
         bound: Certificate | None = None
@@ -595,7 +592,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else self.rebuild)
+            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD)
             if not soft and self.worth_softening(shapes, bound, values, due):
                 soft = due = True
             if due:
@@ -618,7 +615,7 @@ class Factored:
             if moved and not self.exhausted(optimiser, bound):
                 continue
             stalls, stalled = stalls + 1, True
-            schedule.latest, built_at = self.n_iter, -self.rebuild
+            schedule.latest, built_at = self.n_iter, -REBUILD
             if optimiser.x.dtype == torch.float32:
                 # float32 has no more digits to give: go on in float64.
                 self.leave_low()
