@@ -313,7 +313,7 @@ def test_solves_end_at_the_same_optimum(case: Case, everywhere: list[float], mon
 def test_it_takes_fewer_iterations(everywhere: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_setting(Case("self_attention", s=5, d=8, c=10, n=1200, loss="cross_entropy"), beta=0.005).problem
     with_it = solver_function("factored")(problem, tol=1e-5)
-    assert 0 < len(everywhere) < 15
+    assert 0 < len(everywhere) <= 10
     monkeypatch.setattr(factored, "POLISH_WORK", float("inf"))
     without = solver_function("factored")(problem, tol=1e-5)
     assert with_it.converged

@@ -72,10 +72,10 @@ class BlockSubspace:
     ) -> tuple[float, list[SingularPair], float]:
         """Leading singular pairs of every Gamma_g = A_g^* L, from below.
 
-        Returns max_g sigma_g / w_g, the pairs with sigma > beta w_g, and the ridge branches'
-        sum ||A_h^* L||_F^2 / (2 beta w_h). Stops when sigma grows by less than ``tol`` relative, and where
-        ``hopeless``, of these two numbers, says that they are too large already. ``low`` is the precision that factors
-        of products may be rounded to: then values have three digits, and may be too large. At the dual point of some
+        Returns max_g sigma_g / w_g, the pairs with sigma > beta w_g, and the ridge branches' sum ||A_h^* L||_F^2 / (2
+        beta w_h). Stops when sigma grows by less than ``tol`` relative, and after the first or second round where
+        ``hopeless``, of these two numbers, says that they are too large. ``low`` is the precision that factors of
+        products may be rounded to: then values have three digits, and may be too large. At the dual point of some
         ``factors`` most of the vectors sought lie in the span of their units, next to an optimum.
         """
         problem = self.problem
@@ -99,7 +99,10 @@ class BlockSubspace:
             for search, image in zip(searches, images, strict=True):
                 search.extend_right(image)
             best = max((float(s.sigma[0]) / problem.components[s.component].weight for s in searches), default=0.0)
-            if best <= previous * (1 + tol) or (hopeless is not None and hopeless(best, ridge)):
+            if best <= previous * (1 + tol):
+                break
+            # It takes half as long as a round, and later ones add next to nothing.
+            if step < 2 and hopeless is not None and hopeless(best, ridge):
                 break
             previous = best
         pairs = []
@@ -182,20 +185,14 @@ class BlockSubspace:
                 units.append(Units(None, torch.zeros(int(with_ridge), *shape, dtype=dtype, device=L.device)))
                 continue
             own = [search for search in searches if search.component == k]
-            counts = [len(search.new_v if left else search.new_u) for search in own]
+            rows = torch.cat([search.newest(left) for search in own])
             # Of the other side only the number is asked for.
-            if left:
-                v = torch.cat([search.new_v for search in own])
-                u = v.new_zeros(len(v), component.p)
-            else:
-                u = torch.cat([search.new_u for search in own])
-                v = u.new_zeros(len(u), component.q)
-            u, v = u.view(-1, *component.form.u_shape), v.view(-1, *shape)
+            other = rows.new_zeros(len(rows), component.p if left else component.q)
+            u, v = (other, rows) if left else (rows, other)
             gate = None
             if component.gates is not None:
-                gates = [torch.full((n,), s.gate or 0, device=L.device) for n, s in zip(counts, own, strict=True)]
-                gate = torch.cat(gates)
-            units.append(Units(u, v, gate))
+                gate = torch.cat([torch.full((len(s.newest(left)),), s.gate or 0, device=L.device) for s in own])
+            units.append(Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape), gate))
         images = problem.adjoint(L, units, sides="left" if left else "right", low=low)
         if with_ridge:
             ridge = sum(
@@ -208,7 +205,7 @@ class BlockSubspace:
             own = [search for search in searches if search.component == k]
             if own and image.u is not None:
                 part = image.u if left else image.v
-                found += part.flatten(1).split([len(s.new_v if left else s.new_u) for s in own])
+                found += part.flatten(1).split([len(search.newest(left)) for search in own])
         return found, ridge
 
 
@@ -357,20 +354,23 @@ class _BlockSearch:
             # Most of them are units themselves: what is left of these comes last.
             others = torch.linalg.svd(_without(known, spanned), full_matrices=False).Vh[:count]
         self.new_u = torch.cat([spanned, _orthonormal(others, spanned)])
-        self.U, self.images = self.new_u[:0], self.new_u.new_zeros(0, self.q)
+        self.U, self.images = self.new_u[:0], self.new_u.new_zeros(0, self.q, dtype=torch.float64)
         self.exhausted = False
 
     @property
     def key(self) -> tuple[int, int | None]:
         return self.component, self.gate
 
+    def newest(self, left: bool) -> Tensor:
+        """The vectors that are multiplied next: right ones for a ``left`` image, and the other way round."""
+        return self.new_v if left else self.new_u
+
     def extend_right(self, image: Tensor) -> None:
         """Take Gamma^T new_u (rows): Ritz values, and the right vectors of the leading ones."""
-        self.U, self.images = torch.cat([self.U, self.new_u]), torch.cat([self.images, image])
+        self.U, self.images = torch.cat([self.U, self.new_u]), torch.cat([self.images, image.double()])
         # Rows of images are (Gamma^T u_i)^T, so that images = A diag(sigma) B^T gives pairs (A^T U, B). By the Gram
         # matrix, many times faster than a singular value decomposition; in float64 leading values lose nothing.
-        images = self.images.double()
-        squares, axes = torch.linalg.eigh(images @ images.mT)
+        squares, axes = torch.linalg.eigh(self.images @ self.images.mT)
         self.sigma = squares.flip(0).clamp_min(0.0).sqrt()
         self.axes = axes.flip(1)
         self.new_v = self.right(min(self.size, self.q))
@@ -387,7 +387,7 @@ class _BlockSearch:
     def right(self, count: int) -> Tensor:
         """The first right Ritz vectors (count, q)."""
         scale = self.sigma[:count, None].clamp_min(torch.finfo(torch.float32).tiny)
-        return ((self.axes[:, :count].mT @ self.images.double()) / scale).to(self.U.dtype)
+        return ((self.axes[:, :count].mT @ self.images) / scale).to(self.U.dtype)
 
     def run(self, gamma: Tensor, rounds: int, tol: float) -> None:
         """The whole search on an explicit matrix."""
