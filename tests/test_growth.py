@@ -542,7 +542,8 @@ def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytes
     assert scale == pytest.approx(beta_max(found), rel=0.05)
 
     def epochs(ratio: float) -> int:
-        return starts.warmup_epochs(found.with_beta(ratio * scale), start)
+        there = found.with_beta(ratio * scale)
+        return starts.warmup_epochs(there, start, starts.usual_share(there))
 
     monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem)
     assert {epochs(ratio) for ratio in (0.3, 0.034, 0.001)} == {starts.MOST_EPOCHS}
@@ -551,6 +552,30 @@ def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytes
     assert each == sorted(each)
     assert each[0] >= starts.LEAST_EPOCHS
     assert each[1] < each[2] < each[3] == starts.MOST_LOW_EPOCHS
+
+
+def test_solves_start_with_more_units_the_smaller_beta_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = float32_problem(Case("self_attention", n=3000, s=4, d=8, c=64, loss="cross_entropy"))
+    scale = beta_max(found)
+    seen: list[int] = []
+
+    def epochs(problem: Problem, factors: Factors, *others: object) -> Factors:
+        seen.append(factors.n_units)
+        return factors
+
+    monkeypatch.setattr(starts, "adam_epochs", epochs)
+    monkeypatch.setattr(starts, "quick", lambda problem, counts: False)
+    monkeypatch.setattr(starts, "MOST_STAGES", 1)
+    for ratio in (0.5, starts.USUAL_RATIO, 0.024, 0.001):
+        starts.first_guess(found.with_beta(ratio * scale), None, torch.Generator().manual_seed(0))
+    assert seen[0] == seen[1] == starts.FEWER_UNITS
+    assert seen[1] < seen[2] < seen[3] == starts.FIRST_UNITS
+
+
+def test_a_head_whose_tokens_say_nothing_starts_without_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "rough_beta_max", lambda problem: 0.0)
+    found = float32_problem(Case("self_attention", n=3000, s=4, d=5, loss="cross_entropy"))
+    assert starts.usual_share(found) == math.inf
 
 
 @pytest.mark.parametrize("patience", [2, 4])

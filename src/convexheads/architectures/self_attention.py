@@ -62,19 +62,21 @@ class PooledLinearSelfAttention(_Pooled):
         return X.mean(1), X.mT @ X
 
     def unit_features(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Tensor:
-        # Feature by feature, (n, d, m): batched products of narrow matrices are slow, and of d and m the latter is
-        # larger where d is small. G is symmetric.
+        # Batched products of narrow matrices are slow: rows are as long as they can be, of m or of d entries. G is
+        # symmetric.
         mean, gram = stats
         m, d = u.shape[0], self.features
-        mixed = (mean @ u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
-        return (gram @ mixed).mT
+        if m > d:
+            mixed = (mean @ u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
+            return (gram @ mixed).mT
+        return (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d) @ gram
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         mean, gram = stats
         m, d = u.shape[0], self.features
 
         def pull(cotangent: Tensor) -> Tensor:
-            # Those of a search come unit by unit and are few: to turn them would cost up to twice the product.
+            # To turn them would cost up to twice the product.
             if by_feature(cotangent):
                 return (mean.mT @ (gram @ cotangent.mT).view(-1, d * m)).view(d, d, m).permute(2, 0, 1)
             return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)

@@ -23,7 +23,7 @@ MOST_EPOCHS = 16
 """... and the most ..."""
 WARMUP_STEPS = 200
 """... for about so many mini-batches ..."""
-MOST_LOW_EPOCHS, LOW_STEPS, USUAL_RATIO, LOW_POWER = 40, 450, 0.034, -0.64
+MOST_LOW_EPOCHS, LOW_STEPS, USUAL_RATIO, LOW_POWER = 40, 480, 0.034, -0.56
 """... or, where an epoch in low precision costs half of an iteration, so many at most for so many mini-batches at this
 share of beta_max, times this power of the quotient at others: what is left is noise of mini-batches, which is larger
 for more units, and more are in use at a smaller beta; ..."""
@@ -31,8 +31,9 @@ MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 FEW_UNITS = 24
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
-FIRST_UNITS = 40
-"""Units of a component to start with elsewhere, over all gates."""
+FIRST_UNITS, FEWER_UNITS, UNITS_POWER = 40, 32, -1 / 3
+"""Units of a component to start with elsewhere, over all gates: where epochs come first, no more than so many at
+``USUAL_RATIO`` and larger shares of beta_max, and in proportion to this power of the share at smaller ones."""
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
@@ -47,12 +48,12 @@ def start_scale(problem: Problem, units: int) -> float:
     return math.sqrt(0.3 * max(loss, 1e-12) / (problem.beta * max(1, units)))
 
 
-def initial_units(problem: Problem, max_rank: int | None) -> list[int]:
-    """Units a gate for each component: all there can be, or a first guess."""
+def initial_units(problem: Problem, max_rank: int | None, most: int = FIRST_UNITS) -> list[int]:
+    """Units a gate for each component: all there can be, or a first guess, ``most`` over all gates."""
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else FIRST_UNITS
+        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else min(FIRST_UNITS, most)
         count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
@@ -98,15 +99,20 @@ def random_factors(problem: Problem, counts: list[int], generator: torch.Generat
 def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generator) -> Factors:
     """Random units, brought near the optimum by epochs of Adam where there are many samples."""
     counts = initial_units(problem, max_rank)
+    constant = not bool(problem.null_gradient().any())
+    fast = constant or quick(problem, counts) or all(component.ridge for component in problem.components)
+    share = math.inf if fast else usual_share(problem)
+    if not fast:
+        counts = initial_units(problem, max_rank, round(FEWER_UNITS * min(1.0, share) ** UNITS_POWER))
     start = random_factors(problem, counts, generator, problem.dtype)
     empty = Factors([units if units.u is None else no_units(units) for units in start.units], start.intercept)
-    if not bool(problem.null_gradient().any()):
+    if constant:
         # Constant targets: the empty head is exact, and what units would start with only has to shrink.
         return empty
-    if quick(problem, counts) or not start.n_units:
+    if fast:
         return vector_guess(problem, empty, max_rank) or start
     norm = start_scale(problem, start.n_units)
-    epochs = warmup_epochs(problem, start)
+    epochs = warmup_epochs(problem, start, share)
     for _ in range(MOST_STAGES):
         found = adam_epochs(problem, start, norm, epochs, generator)
         start, saturated = resize(problem, found, counts, max_rank, generator)
@@ -116,13 +122,19 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
     return start
 
 
-def warmup_epochs(problem: Problem, start: Factors) -> int:
-    """Epochs of Adam from small random units."""
+def usual_share(problem: Problem) -> float:
+    """beta / (``USUAL_RATIO`` beta_max), about."""
+    scale = rough_beta_max(problem)
+    return problem.beta / (USUAL_RATIO * scale) if scale > 0 else math.inf
+
+
+def warmup_epochs(problem: Problem, start: Factors, share: float) -> int:
+    """Epochs of Adam from small random units; ``share`` is beta / (``USUAL_RATIO`` beta_max)."""
     steps, most = float(WARMUP_STEPS), MOST_EPOCHS
     # On accelerators mini-batches take about as long as all samples at once.
     low = problem.device.type == "cpu" and lowered(problem, start).low is not None
     if problem.world.every(low):
-        steps, most = LOW_STEPS * (problem.beta / rough_beta_max(problem) / USUAL_RATIO) ** LOW_POWER, MOST_LOW_EPOCHS
+        steps, most = LOW_STEPS * share**LOW_POWER, MOST_LOW_EPOCHS
     return min(most, max(LEAST_EPOCHS, round(steps * BATCH / problem.n)))
 
 
