@@ -548,7 +548,7 @@ def test_epochs_that_cost_little_are_more_the_smaller_beta_is(monkeypatch: pytes
     monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem)
     assert {epochs(ratio) for ratio in (0.3, 0.034, 0.001)} == {starts.MOST_EPOCHS}
     monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem.in_low_precision(torch.bfloat16))
-    each = [epochs(ratio) for ratio in (0.99, 0.3, 0.1, 0.001)]
+    each = [epochs(ratio) for ratio in (0.99, 0.3, 0.15, 0.001)]
     assert each == sorted(each)
     assert each[0] >= starts.LEAST_EPOCHS
     assert each[1] < each[2] < each[3] == starts.MOST_LOW_EPOCHS

@@ -33,7 +33,8 @@ FEW_UNITS = 24
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 FIRST_UNITS, FEWER_UNITS, UNITS_POWER = 40, 32, -1 / 3
 """Units of a component to start with elsewhere, over all gates: where epochs come first, no more than so many at
-``USUAL_RATIO`` and larger shares of beta_max, and in proportion to this power of the share at smaller ones."""
+``USUAL_RATIO`` and larger shares of beta_max, and in proportion to this power of the share at smaller ones, if there is
+one gate."""
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
@@ -49,11 +50,13 @@ def start_scale(problem: Problem, units: int) -> float:
 
 
 def initial_units(problem: Problem, max_rank: int | None, most: int = FIRST_UNITS) -> list[int]:
-    """Units a gate for each component: all there can be, or a first guess, ``most`` over all gates."""
+    """Units a gate for each component: all there can be, or a first guess, ``most`` where there is one gate."""
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else min(FIRST_UNITS, most)
+        # Gates share units out; each needs some to spare.
+        first = min(FIRST_UNITS, most) if component.n_gates == 1 else FIRST_UNITS
+        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else first
         count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
