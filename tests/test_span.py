@@ -15,7 +15,6 @@ from convexheads.problem import Problem
 from convexheads.solvers import factored, solver_function, span
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.span import Span, positive_factor, span_work, with_coupled
-from convexheads.solvers.units import block_units
 from convexheads.subspace import OutsidePairs, OutsideSubspace
 from convexheads.types import Factors
 
@@ -272,9 +271,9 @@ def test_rounding_does_not_keep_a_hessian_from_being_factorised() -> None:
 def test_blocks_have_their_own_units() -> None:
     problem = make_setting(Case("self_attention", "gated_relu", c=3)).problem
     (units,) = random_units(problem, 2).units
-    assert block_units(units, 1).tolist() == [2, 3]
+    assert units.of_block(1).tolist() == [2, 3]
     (plain,) = random_units(make_setting(Case("self_attention", c=3)).problem, 2).units
-    assert block_units(plain, None).tolist() == [0, 1]
+    assert plain.of_block(None).tolist() == [0, 1]
 
 
 @pytest.fixture

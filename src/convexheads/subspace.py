@@ -40,7 +40,7 @@ class SingularPair:
 def principal_in_use(units: Units, gate: int | None) -> tuple[Tensor, Tensor]:
     """The principal units (r, p) and (r, q) of one block that are in use, in float64; none where it has no units."""
     assert units.u is not None
-    own = slice(None) if units.gate is None else units.gate == gate
+    own = units.of_block(gate)
     u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
     if not len(u):
         return u, v

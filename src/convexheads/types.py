@@ -58,6 +58,11 @@ class Units:
     def tensors(self) -> list[Tensor]:
         return [self.v] if self.u is None else [self.u, self.v]
 
+    def of_block(self, gate: int | None) -> Tensor:
+        """Numbers of the units of one block: of this gate, or all of them where there is no gate."""
+        every = torch.arange(len(self.v), device=self.v.device)
+        return every if self.gate is None else every[self.gate == gate]
+
     def to(self, dtype: torch.dtype) -> Units:
         return Units(None if self.u is None else self.u.to(dtype), self.v.to(dtype), self.gate)
 

@@ -28,7 +28,6 @@ from convexheads.distributed import World
 from convexheads.operator import Component
 from convexheads.problem import Problem, take_rows
 from convexheads.products import add_moment, column_squares, from_lower, rough_products
-from convexheads.solvers.units import block_units
 from convexheads.spectral import principal_axes
 from convexheads.subspace import IN_USE, OutsidePairs
 from convexheads.types import Factors, Units
@@ -256,7 +255,7 @@ class Cores:
         self.blocks: list[tuple[int, Core]] = []
         for (k, gate), pairs in outside.items():
             units, component = factors.units[k], problem.components[k]
-            own = block_units(units, gate)
+            own = units.of_block(gate)
             if len(own):
                 damping = problem.penalty_weight(component)
                 self.blocks.append((k, Core(component, gate, units, own, damping, pairs, gap)))

@@ -37,7 +37,6 @@ from convexheads.solvers.cores import (
 )
 from convexheads.solvers.differences import Kept
 from convexheads.solvers.lbfgs import LBFGS
-from convexheads.solvers.units import block_units
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
@@ -122,7 +121,7 @@ class Span:
         self.blocks = [
             Block(k, factors.units[k], own, pairs, problem.penalty_weight(problem.components[k]))
             for (k, gate), pairs in outside.items()
-            if len(own := block_units(factors.units[k], gate))
+            if len(own := factors.units[k].of_block(gate))
         ]
         self.rows_each = problem.targets.shape[1:-1].numel()
         self.O = O.to(dtype)
@@ -395,7 +394,7 @@ def with_coupled(
         assert each.u is not None
         u, v = torch.zeros_like(each.u), torch.zeros_like(each.v)
         for gate in problem.gates_of(k):
-            own = block_units(each, gate)
+            own = each.of_block(gate)
             if len(own):
                 left, right = (orthonormal(t[own].flatten(1).double())[0].to(L.dtype) for t in (each.u, each.v))
                 u[own], v[own] = left.view(u[own].shape), right.view(v[own].shape)
@@ -450,7 +449,7 @@ def span_work(problem: Problem, factors: Factors, more: int, low: torch.dtype | 
     work = numbers = 0
     for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
         for gate in problem.gates_of(k):
-            m, room = len(block_units(units, gate)), min(component.p, component.q)
+            m, room = len(units.of_block(gate)), min(component.p, component.q)
             if m > room:
                 return math.inf
             # There are no more pairs outside, and no more coupled directions, than units.

@@ -85,7 +85,7 @@ def principal_units(
             continue
         weight = problem.penalty_weight(problem.components[k])
         for g in problem.gates_of(k):
-            own = block_units(units, g)
+            own = units.of_block(g)
             u, v = units.u[own].flatten(1).double(), units.v[own].flatten(1).double()
             size, vectors = torch.linalg.eigh(0.5 * (u @ u.mT + v @ v.mT))
             slopes = gradient.units[k]
@@ -213,12 +213,6 @@ def _old_places(old: Units, new: Units) -> Tensor:
         return number
     first = torch.searchsorted(old.gate, old.gate)
     return torch.searchsorted(new.gate, old.gate) + number - first
-
-
-def block_units(units: Units, gate: int | None) -> Tensor:
-    """Numbers of the units of one block among those of its component."""
-    every = torch.arange(len(units.v), device=units.v.device)
-    return every if units.gate is None else every[units.gate == gate]
 
 
 def pick_gates(gate: Tensor | None, index: Tensor) -> Tensor | None:
