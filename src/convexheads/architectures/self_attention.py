@@ -76,7 +76,7 @@ class PooledLinearSelfAttention(_Pooled):
         m, d = u.shape[0], self.features
 
         def pull(cotangent: Tensor) -> Tensor:
-            # To turn them would cost up to twice the product.
+            # As it comes: to turn a cotangent over would cost up to twice the product.
             if by_feature(cotangent):
                 return (mean.mT @ (gram @ cotangent.mT).view(-1, d * m)).view(d, d, m).permute(2, 0, 1)
             return (mean.mT @ (cotangent @ gram).view(-1, m * d)).view(d, m, d).transpose(0, 1)

@@ -8,7 +8,7 @@ import torch
 
 from convexheads.problem import Component, Problem
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
-from convexheads.solvers.units import canonical, filled, no_units
+from convexheads.solvers.units import canonical, filled
 from convexheads.solvers.warmup import BATCH, adam_epochs, lowered
 from convexheads.subspace import rough_beta_max
 from convexheads.types import Factors, Units
@@ -54,9 +54,11 @@ def initial_units(problem: Problem, max_rank: int | None, most: int = FIRST_UNIT
     found = []
     for component in problem.components:
         full = 1 if component.ridge else min(component.p, component.q)
-        # Gates share units out; each needs some to spare.
-        first = min(FIRST_UNITS, most) if component.n_gates == 1 else FIRST_UNITS
-        first = FEW_UNITS if problem.n < WARMUP_SAMPLES else first
+        if problem.n < WARMUP_SAMPLES:
+            first = FEW_UNITS
+        else:
+            # Gates share units out; each needs some to spare.
+            first = min(FIRST_UNITS, most) if component.n_gates == 1 else FIRST_UNITS
         count = min(full, max(1, first // component.n_gates, min(8, MANY_UNITS // component.n_gates)))
         found.append(count if max_rank is None else min(count, max(1, max_rank // component.n_gates)))
     return found
@@ -101,19 +103,17 @@ def random_factors(problem: Problem, counts: list[int], generator: torch.Generat
 
 def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generator) -> Factors:
     """Random units, brought near the optimum by epochs of Adam where there are many samples."""
-    counts = initial_units(problem, max_rank)
-    constant = not bool(problem.null_gradient().any())
-    fast = constant or quick(problem, counts) or all(component.ridge for component in problem.components)
-    share = math.inf if fast else usual_share(problem)
-    if not fast:
-        counts = initial_units(problem, max_rank, round(FEWER_UNITS * min(1.0, share) ** UNITS_POWER))
-    start = random_factors(problem, counts, generator, problem.dtype)
-    empty = Factors([units if units.u is None else no_units(units) for units in start.units], start.intercept)
-    if constant:
+    empty = random_factors(problem, [0] * len(problem.components), generator, problem.dtype)
+    if not bool(problem.null_gradient().any()):
         # Constant targets: the empty head is exact, and what units would start with only has to shrink.
         return empty
-    if fast:
+    counts = initial_units(problem, max_rank)
+    if quick(problem, counts) or all(component.ridge for component in problem.components):
+        start = random_factors(problem, counts, generator, problem.dtype)
         return vector_guess(problem, empty, max_rank) or start
+    share = usual_share(problem)
+    counts = initial_units(problem, max_rank, round(FEWER_UNITS * min(1.0, share) ** UNITS_POWER))
+    start = random_factors(problem, counts, generator, problem.dtype)
     norm = start_scale(problem, start.n_units)
     epochs = warmup_epochs(problem, start, share)
     for _ in range(MOST_STAGES):
