@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from convexheads import ConvexHeadClassifier, memory, problem
+from convexheads import ConvexHeadClassifier, memory, problem, products
 from convexheads.errors import DataError, InputError
 from convexheads.inputs import TokenRows, own_rows, shown, without_last
 from convexheads.operator import split_rows
@@ -50,7 +51,7 @@ def test_a_limit_too_small_for_the_outputs_is_told() -> None:
     X = np.zeros((60, 1, 40), np.float32)
     targets = np.tile(np.eye(60), (1, 500)) / 500
     with pytest.raises(InputError, match=r"memory_limit: got .*; expected at least .* for the outputs of 60 samples"):
-        ConvexHeadClassifier("mlp", memory_limit="8MiB", label_smoothing=0.0).fit(X, targets)
+        ConvexHeadClassifier("mlp", memory_limit="16MiB", label_smoothing=0.0).fit(X, targets)
 
 
 def test_budgets_are_nested_and_left() -> None:
@@ -64,8 +65,11 @@ def test_budgets_are_nested_and_left() -> None:
     assert memory.current() is outside
 
 
+@pytest.mark.parametrize("mapped", [1, memory.MAPPED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
-def test_rows_in_a_file(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_rows_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, mapped: int) -> None:
+    """Whether they are mapped or copied."""
+    monkeypatch.setattr(memory, "MAPPED", mapped)
     values = (torch.randn(20, 3, 2, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     rows = memory.FileRows((20, 3, 2), dtype, tmp_path)
     rows.write(8, values[8:])
@@ -82,7 +86,7 @@ def test_rows_in_a_file(tmp_path: Path, dtype: torch.dtype) -> None:
     short = memory.FileRows((20, 3, 2), dtype, tmp_path)
     short.write(0, values[:4])
     with pytest.raises(DataError, match="ends before row"):
-        short[2:10]
+        short[2:20]
 
 
 @pytest.fixture
@@ -91,6 +95,45 @@ def store(tmp_path: Path) -> TokenStore:
     X = rng.normal(size=(200, 5, 8))
     y = (X[:, :, 0] * X[:, :, 1]).mean(1) > 0
     return TokenStore.write(tmp_path / "store", X, y.astype(int), dtype="float32", shard_rows=64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of a map are given back on Linux only")
+def test_many_rows_of_a_file_are_mapped_and_given_back(tmp_path: Path) -> None:
+    size = 2 * memory.MAPPED
+    rows = memory.FileRows((12, size // 4), torch.float32, tmp_path)
+    for start in range(12):
+        rows.write(start, torch.full((1, size // 4), float(start)))
+    before = memory.resident_memory()
+    assert before is not None
+    for start in range(0, 12, 2):
+        part = rows[start : start + 2]
+        assert part.sum(1).tolist() == [size // 4 * start, size // 4 * (start + 1)]
+        assert rows[torch.tensor([start, start + 1])].data_ptr() == part.data_ptr()
+        # One run of 2 * size bytes at a time, and what the system maps around it.
+        assert memory.resident_memory() - before <= 3.5 * size
+    assert rows[torch.tensor([3, 1])][:, 0].tolist() == [3, 1]
+
+
+def test_small_limits_leave_the_library_of_rough_products_alone() -> None:
+    """It keeps code and buffers for every shape of a product: more than all else of a small fit."""
+    seen: list[bool] = []
+    for limit, allowed in ((None, True), (memory.ROOMY, True), (memory.ROOMY - 1, False)):
+        with memory.limited(limit):
+            assert memory.current().roomy is allowed
+            seen.append(isinstance(products.rough_products(torch.device("cpu")), contextlib.nullcontext))
+    can = products.low_precision(torch.device("cpu")) is not None and products._setting() is not None
+    assert seen == [not can, not can, True]
+
+
+def test_a_limit_with_room_for_everything_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((1500, 6, 8)).astype(np.float32)
+    y = (X[:, :, 0] * X[:, :, 1]).mean(1) > 0
+    options = {"beta_ratio": 0.1, "tol": 1e-4}
+    free = ConvexHeadClassifier("self_attention", **options).fit(X, y)
+    limited = ConvexHeadClassifier("self_attention", memory_limit=memory.ROOMY, **options).fit(X, y)
+    assert limited.n_iter_ == free.n_iter_
+    assert limited.certificate_.primal == pytest.approx(free.certificate_.primal, rel=1e-6)
 
 
 def test_transformed_tokens_in_a_file_are_those_in_memory(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +196,7 @@ from convexheads.tokens.store import TokenStore
 
 limit, folder = (None if sys.argv[1] == "none" else sys.argv[1]), sys.argv[2]
 rng = np.random.default_rng(0)
-options = dict(beta_ratio=0.3, max_rank=6, tol=2e-2)
+options = dict(beta_ratio=0.1)
 # What is imported and compiled on the way is no part of a fit.
 ConvexHeadClassifier("mixer", **options).fit(rng.normal(size=(60, 4, 3)), np.arange(60) % 3)
 store = TokenStore.open(folder)
@@ -191,10 +234,10 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
 
     limited, free = run("32MB"), run("none")
     assert limited["added"] <= 32 * MB
-    assert limited["objective"] == pytest.approx(free["objective"], rel=2e-2)
+    assert limited["objective"] == pytest.approx(free["objective"], rel=1e-3)
     assert max(limited["dual"], free["dual"]) <= min(limited["objective"], free["objective"])
-    # Processor time: other processes do not count. Smaller chunks and statistics read from a file cost a quarter here.
-    assert limited["seconds"] <= 2.5 * free["seconds"]
+    # Processor time: other processes do not count. What it costs is smaller chunks, and no products in low precision.
+    assert limited["seconds"] <= 2.0 * free["seconds"]
 
 
 def test_shares_of_an_accelerator() -> None:

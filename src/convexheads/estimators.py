@@ -499,13 +499,9 @@ def check_memory(problem: Problem) -> None:
     limit = problem.budget.limit
     if limit is None:
         return
-    # Targets, outputs, dual point, and a few temporaries of their size, in float64.
-    needed = 8 * 8 * problem.targets.numel()
-    # A block's Gamma and its Gram matrix with its factor; the Krylov search holds less.
-    blocks = [(max(1, c.p), c.q) for c in problem.components if not c.ridge]
-    needed += max((8 * (3 * p * q + 2 * min(p, q) ** 2) for p, q in blocks), default=0)
+    needed = memory.LIBRARIES + problem.fixed_bytes
     if needed > limit:
-        largest = max(blocks, default=(0, 0))
+        largest = max(((c.p, c.q) for c in problem.components if not c.ridge), default=(0, 0))
         raise InputError(
             "memory_limit: "
             + describe(

@@ -33,10 +33,16 @@ READ_BYTES = 64 * 2**20
 DEVICE_WORKSPACE = 2**26
 """Most elements of the largest temporary on an accelerator, which is idle most of the time on the parts that suit a
 processor's cache."""
-SMALLEST = 8 * 2**20
-"""Bytes below which a limit is refused: no chunk of anything would fit."""
-TRIM_CHUNKS = 16
+LIBRARIES = 8 * 10**6
+"""Bytes of code, tables and buffers of the libraries that a fit loads on its way, about ..."""
+SMALLEST = 2 * LIBRARIES
+"""... those below which a limit is refused ..."""
+ROOMY = 4 * 10**9
+"""... and those from which a limit has room for as much of them as there is, and for temporaries of fixed size."""
+TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
+MAPPED = 2 * 2**20
+"""Bytes of consecutive rows of a file from which they are mapped: the system maps pages of up to this size."""
 ROOM_LEFT = 2**30
 """Bytes that a temporary file leaves free on its disk."""
 
@@ -205,14 +211,28 @@ class Budget:
         if limit is None:
             return cls()
         # A part is left to what is small, and to holes between blocks.
-        share = limit * 3 // 4
+        share = max(limit // 4, (limit - LIBRARIES) * 3 // 4)
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
-            min(CACHE_BYTES, share // 6),
-            max(2**13, min(WORKSPACE, share // 256)),
+            min(CACHE_BYTES, share // (4 if limit >= ROOMY else 6)),
+            max(2**13, min(WORKSPACE, share // 128)),
             max(2**16, min(READ_BYTES, share // 32)),
         )
+
+    @property
+    def roomy(self) -> bool:
+        """Whether buffers are free that no share counts: some hundred MB, however many the samples are.
+
+        oneDNN keeps compiled code and a scratchpad for every shape of a product: tens of MB in one fit.
+        """
+        return self.limit is None or self.limit >= ROOMY
+
+    def chunk(self, fixed: int) -> int | None:
+        """Bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller; None: no limit."""
+        if self.limit is None:
+            return None
+        return max(self.limit // 16, (self.limit - LIBRARIES - fixed) * 2 // 5)
 
     def on(self, device: torch.device) -> Budget:
         """The shares of a computation on a device: without a limit, on an accelerator, from what is free there."""
@@ -293,9 +313,12 @@ def roomy_folder(near: Path | None, needed: int) -> Path | None:
 
 
 class FileRows:
-    """Rows of an array in a temporary file without a name: read into fresh buffers, never mapped.
+    """Rows of an array in a temporary file without a name.
 
-    The file is gone as soon as the process is, however it ends. ``rows[i:j]`` and ``rows[index]`` are tensors.
+    The file is gone as soon as the process is, however it ends. ``rows[i:j]`` and ``rows[index]`` are tensors. Many
+    consecutive rows are in the memory of a map of the file, no copy: a product reads the system's cache at about the
+    speed of memory, where copies into buffers take twice as long as the product. The pages of one read are given back
+    at the next.
 
     Parameters
     ----------
@@ -306,8 +329,8 @@ class FileRows:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
         self.shape, self.dtype, self.folder = tuple(shape), dtype, folder
-        self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        self._row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * self._numpy.itemsize
+        self._row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        self._map: mmap.mmap | None = None
         try:
             self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as this
         except OSError as error:
@@ -323,6 +346,7 @@ class FileRows:
 
     def write(self, start: int, rows: Tensor) -> None:
         """Rows ``start``, ``start + 1``, ..."""
+        # Not through the map: a full disk would end the process there.
         data = _bytes_of(rows.detach().cpu().contiguous().numpy())
         self._file.seek(start * self._row_bytes)
         try:
@@ -333,33 +357,58 @@ class FileRows:
             raise DataError(f"{self.folder}: a temporary file cannot be written ({error.strerror}); {fix}") from error
 
     def __getitem__(self, index: Any) -> Tensor:
+        self._release()
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
-                return torch.from_numpy(self._run(start, max(start, stop)))
+                return self._run(start, max(start, stop))
             index = np.arange(start, stop, step)
         rows = np.asarray(index.cpu() if isinstance(index, Tensor) else index, dtype=np.int64)
-        out = np.empty((len(rows), *self.shape[1:]), self._numpy)
         # Runs of consecutive rows are read at once.
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        if len(rows) and not len(breaks):
+            return self._run(int(rows[0]), int(rows[-1]) + 1)
+        out = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
         for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
             if last > first:
                 self._fill(out[first:last], int(rows[first]))
-        return torch.from_numpy(out)
+        return out
 
-    def _run(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.shape[1:]), self._numpy)
+    def _run(self, start: int, stop: int) -> Tensor:
+        """Consecutive rows: mapped if they are many."""
+        size = (stop - start) * self._row_bytes
+        if size >= MAPPED and sys.platform == "linux":
+            return self._mapped(start * self._row_bytes, size).view(stop - start, *self.shape[1:])
+        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
         self._fill(out, start)
         return out
 
-    def _fill(self, out: np.ndarray, start: int) -> None:
-        buffer = _bytes_of(out)
+    def _fill(self, out: Tensor, start: int) -> None:
+        buffer = _bytes_of(out.numpy())
         self._file.seek(start * self._row_bytes)
         while len(buffer):
             count = self._file.readinto(buffer)
             if not count:
-                raise DataError(f"{self.folder}: a temporary file ends before row {start + len(out)}")
+                raise self._short(start + len(out))
             buffer = buffer[count:]
+
+    def _mapped(self, start: int, size: int) -> Tensor:
+        """Bytes of the file as one vector."""
+        if self._map is None:
+            if os.fstat(self._file.fileno()).st_size < self.nbytes:
+                raise self._short(len(self))
+            self._map = mmap.mmap(self._file.fileno(), self.nbytes)
+        first = start - start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+        return torch.frombuffer(self._map, dtype=self.dtype, count=size // self.dtype.itemsize, offset=start)
+
+    def _release(self) -> None:
+        """Give back the pages of the last read."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _short(self, row: int) -> DataError:
+        return DataError(f"{self.folder}: a temporary file ends before row {row}")
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

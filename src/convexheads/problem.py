@@ -43,6 +43,9 @@ last is sure where temporaries of so many would be blocks that are mapped anew e
 LOW_ROWS = 2.5
 """Elsewhere a chunk of numbers of fewer bytes has so many times as many."""
 MOST_ROWS = 8192
+ALIVE = 5
+"""Temporaries of a chunk of samples that are held at once, of the size of all units' features, where memory is limited.
+"""
 GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
@@ -185,9 +188,18 @@ class Problem:
         return self.targets.shape[-1]
 
     @property
+    def fixed_bytes(self) -> int:
+        """Bytes that no chunk makes smaller, about: of the size of the outputs, or of one block."""
+        # Targets, outputs, dual point, and a few temporaries of their size, in float64.
+        outputs = 8 * 8 * self.targets.numel()
+        # A block's Gamma and its Gram matrix with its factor; the Krylov search holds less.
+        blocks = [(max(1, c.p), c.q) for c in self.components if not c.ridge]
+        return outputs + max((8 * (3 * p * q + 2 * min(p, q) ** 2) for p, q in blocks), default=0)
+
+    @property
     def wide_products(self) -> bool:
-        """Whether evaluations are large products throughout, and memory for them is not limited."""
-        return self.budget.limit is None and all(c.form.products_only for c in self.components)
+        """Whether evaluations are large products throughout, and there is memory for them."""
+        return self.budget.roomy and all(c.form.products_only for c in self.components)
 
     def with_beta(self, beta: float) -> Problem:
         """The same program at another beta, sharing tokens and cached statistics."""
@@ -265,11 +277,11 @@ class Problem:
     def _cached_stats(self, dtype: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
         """Statistics of all samples, in memory or in a temporary file; None where there is no room for either."""
         if dtype not in self._cache:
-            step = min(self.chunk_rows(fresh=True), self.local)
+            step = min(self.chunk_rows(fresh=True, dtype=dtype), self.local)
             first = self._fresh_stats(slice(0, step), dtype)
             size = sum(t.numel() * t.element_size() for stats in first for t in stats) * self.local // step
             self._cache[dtype] = whole = self._kept_rows(first, size)
-            for index in split_rows(self.local, step) if whole is not None else ():
+            for index in self._passing(step) if whole is not None else ():
                 for target, stats in zip(whole or [], self._fresh_stats(index, dtype), strict=True):
                     for kept, part in zip(target, stats, strict=True):
                         if isinstance(kept, memory.FileRows):
@@ -303,20 +315,21 @@ class Problem:
         else:
             self._cache.pop(dtype, None)
 
-    def chunk_rows(self, n_units: int = 32, fresh: bool = False) -> int:
+    def chunk_rows(self, n_units: int = 32, fresh: bool = False, dtype: torch.dtype = torch.float32) -> int:
         """Samples a chunk, so that the temporaries of ``n_units`` units stay small.
 
         ``fresh`` where the chunk's statistics are computed too: every gate needs room for its own.
         """
         work = max(component.form.workspace for component in self.components) * n_units
-        if fresh:
-            sizes = [c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components]
-            work = max(work, *sizes)
-        limited = self.budget.limit is not None
-        if limited:
-            # What is read of a sample counts as well, however few the units.
-            work = max(work, *(c.form.tokens * c.form.features * c.n_gates // 4 for c in self.components))
-        return max(1 if limited else 16, min(MOST_ROWS, self.budget.workspace // max(1, work)))
+        own = max(c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components)
+        suited = min(MOST_ROWS, max(memory.WORKSPACE, self.budget.workspace) // max(1, work, own * fresh))
+        room = self.budget.chunk(self.fixed_bytes)
+        if room is None:
+            return max(16, suited)
+        # What is read of a sample counts as well, however few the units.
+        read = sum(c.form.tokens * c.form.features * (1 + (c.gates is not None) * c.n_gates) for c in self.components)
+        held = ALIVE * (work + own * fresh) + read * (1 + fresh)
+        return max(1, min(suited, room // (held * dtype.itemsize)))
 
     def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
         """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them.
@@ -324,7 +337,7 @@ class Problem:
         More where numbers take half of the bytes: what a chunk costs besides products counts more there. And products
         of few rows are slow, however many their columns.
         """
-        rows = self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None)
+        rows = self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None, dtype)
         low = dtype.itemsize < 4
         least = 0
         if self.wide_products:
@@ -355,8 +368,12 @@ class Problem:
         return index[place] - self.start, place
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        for index in self.budget.passing(split_rows(self.local, self.pass_rows(dtype, n_units, cached))):
+        for index in self._passing(self.pass_rows(dtype, n_units, cached)):
             yield index, self.stats_of(index, dtype, cached)
+
+    def _passing(self, step: int) -> Iterator[slice]:
+        """The parts of a pass over the samples here, ``step`` at a time."""
+        yield from self.budget.passing(split_rows(self.local, step))
         if self.budget.limit is not None:
             memory.trim()
 
@@ -633,10 +650,10 @@ class Problem:
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
         workspace = self._gamma_workspace()
         if self.budget.limit is None:
-            step = max(16, min(16 * self.chunk_rows(1, True), GAMMA_SAMPLES))
+            step = max(16, min(16 * self.chunk_rows(1, True, dtype), GAMMA_SAMPLES))
             step = max(step, min(4096, int(workspace / size)))
         else:
-            step = max(1, min(self.chunk_rows(4, True), max(16, int(workspace / size))))
+            step = max(1, min(self.chunk_rows(4, True, dtype), max(16, int(workspace / size))))
         unit = component.form.row_step
         bands = max(1, math.ceil(step * size / workspace))
         band = math.ceil(p / (bands * unit)) * unit
@@ -672,6 +689,8 @@ class Problem:
         # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
         numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
         step = max(1, min(self.budget.workspace, self._gamma_workspace()) // numbers)
+        if self.budget.limit is not None:
+            step = min(step, self.chunk_rows(4, True, dtype))
         for index, stats, _ in self._gate_stats(k, None, dtype, step):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.form.joint_adjoint(stats, own)
@@ -684,7 +703,7 @@ class Problem:
         component = self.components[k]
         single = component.only_gate(gate)
         cached = self._cached_stats(dtype) if dtype == self.dtype else None
-        for index in split_rows(self.local, step):
+        for index in self._passing(step):
             if cached is not None:
                 yield index, tuple(t[index] for t in cached[k]), gate
             else:
@@ -694,7 +713,7 @@ class Problem:
         component = self.components[k]
         total = torch.zeros(component.form.value_width, component.width, dtype=dtype, device=self.device)
         units = Units(None, total.new_empty(1, component.form.value_width, component.width))
-        for index, stats, _ in self._gate_stats(k, None, dtype, self.chunk_rows(4, True)):
+        for index, stats, _ in self._gate_stats(k, None, dtype, self.chunk_rows(4, True, dtype)):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.adjoint_v(component.features(stats, units), own)[0]
         return self.world.sum(total)

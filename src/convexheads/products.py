@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexheads.memory import current as current_budget
+
 PANEL = 256
 """Rows of a second moment that a product has at a time: what lies above the diagonal beyond them is not formed."""
 EXACT = 2e-6
@@ -97,9 +99,10 @@ def rough_products(device: torch.device) -> contextlib.AbstractContextManager[No
     """In this block float32 products may take operands rounded to bfloat16, where :func:`low_precision` is it.
 
     Sums stay in float32, so that a second moment stays positive semidefinite: for estimates from samples, whose own
-    errors are far larger. A precision that the caller has set is kept.
+    errors are far larger. A precision that the caller has set is kept. Where little memory is allowed they stay with
+    torch's BLAS: oneDNN keeps code and buffers for every shape of a product.
     """
-    return _where(device.type == "cpu" and low_precision(device) is not None)
+    return _where(device.type == "cpu" and current_budget().roomy and low_precision(device) is not None)
 
 
 def add_moment(into: Tensor, rows: Tensor) -> None:

@@ -141,7 +141,7 @@ PAIRS = 6
 
 def largest_product(problem: Problem) -> float:
     """Multiplications of the product of unit features and values, about; none where oneDNN's memory is not free."""
-    if problem.budget.limit is not None:
+    if not problem.budget.roomy:
         return 0.0
     return problem.local * max(FEW_UNITS * c.form.value_width * c.width for c in problem.components)
 

@@ -66,7 +66,7 @@ def group_size(problem: Problem, columns: int) -> int:
     if limit is None:
         return GROUP_SIZE
     # One matrix with its eigenvectors, and the moments, eigenvectors and scales of all groups together.
-    return max(16, min(GROUP_SIZE, isqrt(limit // 256), limit // (96 * max(1, columns))))
+    return max(16, min(GROUP_SIZE, isqrt(limit // 256), limit // (128 * max(1, columns))))
 
 
 def feature_groups(problem: Problem, units: Units) -> list[int]:
@@ -159,7 +159,9 @@ class Preconditioner:
         outside: dict[tuple[int, int | None], OutsidePairs] | None,
         gap: float,
     ) -> None:
-        step = problem.pass_rows(dtype, max(1, factors.n_units))
+        # Beside the features there are weighted copies of them.
+        copies = 1 if problem.budget.roomy else 2
+        step = problem.pass_rows(dtype, copies * max(1, factors.n_units))
         centred = factors.intercept is not None
         self.v_blocks = [VBlocks(problem, k, units, centred) for k, units in enumerate(factors.units)]
         self.u_blocks = [
@@ -167,8 +169,8 @@ class Preconditioner:
             for k, units in enumerate(factors.units)
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
-        # Where memory is limited there is none for the heavy rows.
-        free = problem.budget.limit is None and samples.count * samples.rows >= FEW_ROWS
+        # Where little memory is allowed there is none for the heavy rows.
+        free = problem.budget.roomy and samples.count * samples.rows >= FEW_ROWS
         self.cores = Cores(problem, factors, outside, gap, samples.count, samples.rows) if outside and free else None
         outputwise = free and not problem.loss.constant_curvature
         curvatures = []
@@ -224,6 +226,9 @@ class Preconditioner:
             self.u_blocks, stats, problem.components, factors.units, strict=True
         ):
             if u_blocks is None:
+                continue
+            if u_blocks.stride == 1:
+                u_blocks.add(stat, units, E[..., component.outputs], weights, place)
                 continue
             chosen = (place % u_blocks.stride == 0).nonzero()[:, 0]
             there = chosen.to(E.device)
@@ -507,7 +512,7 @@ class UBlocks:
             if not self.full:
                 right = right / right.trace().clamp_min(torch.finfo(right.dtype).tiny)
             self.inverses.append(KroneckerInverse(left * self.stride, right, damping))
-        del self.left, self.right
+        del self.left, self.right, self.signs
 
     def apply(self, vectors: Tensor, into: Tensor) -> None:
         """Write the inverse times each row of ``vectors`` (r, m p) to ``into``."""

@@ -444,7 +444,7 @@ def span_work(problem: Problem, factors: Factors, more: int, low: torch.dtype | 
 
     Infinite where there is no restricted program, or no memory for it.
     """
-    if problem.budget.limit is not None or any(component.ridge for component in problem.components):
+    if not problem.budget.roomy or any(component.ridge for component in problem.components):
         return math.inf
     work = numbers = 0
     for k, (component, units) in enumerate(zip(problem.components, factors.units, strict=True)):
