@@ -86,7 +86,7 @@ def test_rows_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: 
     short = memory.FileRows((20, 3, 2), dtype, tmp_path)
     short.write(0, values[:4])
     with pytest.raises(DataError, match="ends before row"):
-        short[2:20]
+        short[2:10]
 
 
 @pytest.fixture
@@ -257,11 +257,11 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     head = ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="32MB").fit(X, X[:, 0, 0] > 0)
     trims: list[int] = []
     monkeypatch.setattr(memory, "trim", lambda: trims.append(1))
-    monkeypatch.setattr("convexheads.estimators.split_rows", lambda total, step: split_rows(total, 10))
+    monkeypatch.setattr("convexheads.estimators.split_rows", lambda total, step: split_rows(total, 2))
     limited = head.logits(X)
-    assert len(trims) == 60 // memory.TRIM_CHUNKS
+    assert len(trims) == 300 // memory.TRIM_CHUNKS > 0
     np.testing.assert_allclose(limited, head.set_params(memory_limit=None).logits(X), rtol=1e-6, atol=1e-7)
-    assert len(trims) == 60 // memory.TRIM_CHUNKS
+    assert len(trims) == 300 // memory.TRIM_CHUNKS > 0
 
 
 def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:

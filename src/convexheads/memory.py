@@ -228,10 +228,9 @@ class Budget:
         """
         return self.limit is None or self.limit >= ROOMY
 
-    def chunk(self, fixed: int) -> int | None:
-        """Bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller; None: no limit."""
-        if self.limit is None:
-            return None
+    def chunk(self, fixed: int) -> int:
+        """With a limit, bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller."""
+        assert self.limit is not None
         return max(self.limit // 16, (self.limit - LIBRARIES - fixed) * 2 // 5)
 
     def on(self, device: torch.device) -> Budget:

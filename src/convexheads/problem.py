@@ -323,13 +323,12 @@ class Problem:
         work = max(component.form.workspace for component in self.components) * n_units
         own = max(c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components)
         suited = min(MOST_ROWS, max(memory.WORKSPACE, self.budget.workspace) // max(1, work, own * fresh))
-        room = self.budget.chunk(self.fixed_bytes)
-        if room is None:
+        if self.budget.limit is None:
             return max(16, suited)
         # What is read of a sample counts as well, however few the units.
         read = sum(c.form.tokens * c.form.features * (1 + (c.gates is not None) * c.n_gates) for c in self.components)
         held = ALIVE * (work + own * fresh) + read * (1 + fresh)
-        return max(1, min(suited, room // (held * dtype.itemsize)))
+        return max(1, min(suited, self.budget.chunk(self.fixed_bytes) // (held * dtype.itemsize)))
 
     def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
         """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them.
@@ -688,7 +687,7 @@ class Problem:
         kept = dtype == self.dtype and self._cached_stats(dtype) is not None
         # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
         numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
-        step = max(1, min(self.budget.workspace, self._gamma_workspace()) // numbers)
+        step = max(1, self.budget.workspace // numbers)
         if self.budget.limit is not None:
             step = min(step, self.chunk_rows(4, True, dtype))
         for index, stats, _ in self._gate_stats(k, None, dtype, step):
