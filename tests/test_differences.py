@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from contract_cases import Case, float32_problem, random_units
+from convexheads.memory import ROOMY, Budget, FileRows
 from convexheads.problem import Problem
 from convexheads.solvers import differences, factored, solver_function, warmup
-from convexheads.solvers.differences import Differences, fits
+from convexheads.solvers.differences import Differences, fits, kept_parts
 from convexheads.solvers.units import join_units, placements
 from convexheads.subspace import BlockSubspace
 from convexheads.types import Factors
@@ -91,6 +92,28 @@ def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     parts(x)
     torch.testing.assert_close(parts(x + 0.01 * move)[1], expected, rtol=1e-3, atol=1e-4)
     assert (parts.exact, parts.rough) == (1, 1)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+def test_statistics_and_features_in_files_are_those_in_memory(
+    heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(heads)
+    shapes, x, move = start(problem)
+    whole = Differences(problem, shapes, LOW)
+    expected = [whole(x), whole(x + 0.01 * move)]
+    problem.forget()
+    problem.budget, problem.cache_bytes = Budget.of(ROOMY), 1
+    monkeypatch.setattr(Budget, "chunk", lambda self, fixed: 3000)
+    evaluate = Differences(problem, shapes, LOW)
+    found = [evaluate(x), evaluate(x + 0.01 * move)]
+    assert (evaluate.exact, evaluate.rough) == (1, 1)
+    assert all(isinstance(each.rows, FileRows) for each in evaluate.features)
+    assert len(list(kept_parts(problem, evaluate.features))) > 1
+    assert all(isinstance(t, FileRows) for dtype in (LOW, torch.float32) for s in problem._cache[dtype] for t in s)
+    for (value, gradient), (there, exact) in zip(found, expected, strict=True):
+        assert value == pytest.approx(there, rel=1e-5)
+        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_a_new_reference_where_the_gradient_has_changed_by_far_more_than_is_left(

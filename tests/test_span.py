@@ -10,9 +10,10 @@ from torch import Tensor
 
 from contract_cases import CASES, SMALL, Case, float32_problem, make_setting, random_units
 from convexheads.certificate import dual_point
-from convexheads.memory import Budget
+from convexheads.memory import ROOMY, Budget, FileRows
 from convexheads.problem import Problem
 from convexheads.solvers import factored, solver_function, span
+from convexheads.solvers.differences import kept_parts
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.span import Span, positive_factor, span_work, with_coupled
 from convexheads.subspace import OutsidePairs, OutsideSubspace
@@ -93,6 +94,22 @@ def test_chunks_add_up(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch)
     x = moved(whole)
     monkeypatch.setattr(Problem, "pass_rows", lambda self, *args, **kwargs: 7)
     parts = span_of(problem, factors)
+    for one, other in zip(whole.evaluate(x), parts.evaluate(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(whole.apply(x[None]), parts.apply(x[None]), rtol=1e-6, atol=1e-8)
+
+
+@every_head
+def test_features_in_a_file_are_those_in_memory(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_setting(*(replace(head, n=30, loss="cross_entropy") for head in heads)).problem
+    factors = random_units(problem, 2)
+    whole = span_of(problem, factors)
+    x = moved(whole)
+    problem.budget, problem.cache_bytes = Budget.of(ROOMY), 1
+    monkeypatch.setattr(Budget, "chunk", lambda self, fixed: 3000)
+    parts = span_of(problem, factors)
+    assert all(isinstance(each.rows, FileRows) for each in parts.kept)
+    assert len(list(kept_parts(problem, parts.kept, parts.rows_each))) > 1
     for one, other in zip(whole.evaluate(x), parts.evaluate(x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(whole.apply(x[None]), parts.apply(x[None]), rtol=1e-6, atol=1e-8)

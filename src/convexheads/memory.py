@@ -37,8 +37,10 @@ LIBRARIES = 8 * 10**6
 """Bytes of code, tables and buffers of the libraries that a fit loads on its way, about ..."""
 SMALLEST = 2 * LIBRARIES
 """... those below which a limit is refused ..."""
-ROOMY = 4 * 10**9
-"""... and those from which a limit has room for as much of them as there is, and for temporaries of fixed size."""
+KERNELS = 400 * 10**6
+"""Bytes of the code and buffers that oneDNN keeps for the shapes of all products of one fit, about, ..."""
+ROOMY = 10**9
+"""... and those from which a limit has room for them."""
 TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
 MAPPED = 2 * 2**20
@@ -67,7 +69,7 @@ def parse_bytes(value: Any, name: str = "memory_limit") -> int | None:
     Raises
     ------
     InputError
-        For anything else, or less than 8 MiB.
+        For anything else, or less than 16 MB.
     """
     if value is None:
         return None
@@ -151,14 +153,14 @@ def trim() -> None:
 
 @contextlib.contextmanager
 def keeping_pages(worth: bool = True) -> Iterator[None]:
-    """Within it the C library keeps the pages of freed blocks for the next ones (glibc), unless a limit is in force.
+    """Within it the C library keeps the pages of freed blocks for the next ones (glibc).
 
     Nothing changes where it is not ``worth`` it.
 
     It would give them back whenever some megabytes are free at the end of its heap, and map every larger block anew:
     in passes over chunks of samples the system then clears as many pages as the temporaries of all chunks have.
     """
-    setting = _library("mallopt") if worth and current().limit is None else None
+    setting = _library("mallopt") if worth else None
     if setting is None:
         yield
         return
@@ -211,27 +213,24 @@ class Budget:
         if limit is None:
             return cls()
         # A part is left to what is small, and to holes between blocks.
-        share = max(limit // 4, (limit - LIBRARIES) * 3 // 4)
+        share = max(limit // 4, (limit - _overhead(limit)) * 3 // 4)
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
-            min(CACHE_BYTES, share // (4 if limit >= ROOMY else 6)),
+            min(CACHE_BYTES, share // 5),
             max(2**13, min(WORKSPACE, share // 128)),
             max(2**16, min(READ_BYTES, share // 32)),
         )
 
     @property
     def roomy(self) -> bool:
-        """Whether buffers are free that no share counts: some hundred MB, however many the samples are.
-
-        oneDNN keeps compiled code and a scratchpad for every shape of a product: tens of MB in one fit.
-        """
+        """Whether there is room for oneDNN, which keeps compiled code and a scratchpad for every shape of a product."""
         return self.limit is None or self.limit >= ROOMY
 
     def chunk(self, fixed: int) -> int:
         """With a limit, bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller."""
         assert self.limit is not None
-        return max(self.limit // 16, (self.limit - LIBRARIES - fixed) * 2 // 5)
+        return max(self.limit // 16, (self.limit - _overhead(self.limit) - fixed) * 2 // 5)
 
     def on(self, device: torch.device) -> Budget:
         """The shares of a computation on a device: without a limit, on an accelerator, from what is free there."""
@@ -263,6 +262,11 @@ class Budget:
     def sharing(self, free: int) -> Budget:
         """The same with the statistics and temporaries that suit an accelerator with so many free bytes."""
         return replace(self, cache=free // 2, workspace=max(self.workspace, min(DEVICE_WORKSPACE, free // 256)))
+
+
+def _overhead(limit: int) -> int:
+    """Bytes of a limit that libraries take."""
+    return LIBRARIES + (KERNELS if limit >= ROOMY else 0)
 
 
 _CURRENT: ContextVar[Budget] = ContextVar("budget", default=Budget())  # noqa: B039 - frozen
@@ -344,9 +348,9 @@ class FileRows:
         return self.shape[0] * self._row_bytes
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Rows ``start``, ``start + 1``, ..."""
+        """Rows ``start``, ``start + 1``, ..., of any dtype."""
         # Not through the map: a full disk would end the process there.
-        data = _bytes_of(rows.detach().cpu().contiguous().numpy())
+        data = _bytes_of(rows.detach().to("cpu", self.dtype).contiguous())
         self._file.seek(start * self._row_bytes)
         try:
             while len(data):
@@ -356,7 +360,7 @@ class FileRows:
             raise DataError(f"{self.folder}: a temporary file cannot be written ({error.strerror}); {fix}") from error
 
     def __getitem__(self, index: Any) -> Tensor:
-        self._release()
+        self.release()
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
@@ -364,13 +368,16 @@ class FileRows:
             index = np.arange(start, stop, step)
         rows = np.asarray(index.cpu() if isinstance(index, Tensor) else index, dtype=np.int64)
         # Runs of consecutive rows are read at once.
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        if len(rows) and not len(breaks):
+        firsts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1])
+        if len(rows) and len(firsts) == 1:
             return self._run(int(rows[0]), int(rows[-1]) + 1)
         out = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
-        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-            if last > first:
-                self._fill(out[first:last], int(rows[first]))
+        if len(rows):
+            size, buffer = self._row_bytes, _bytes_of(out)
+            ends = [*(firsts[1:] * size).tolist(), len(buffer)]
+            # Nothing but the read itself: it takes less than one view of a tensor.
+            for first, last, start in zip((firsts * size).tolist(), ends, (rows[firsts] * size).tolist(), strict=True):
+                self._fill(buffer[first:last], start)
         return out
 
     def _run(self, start: int, stop: int) -> Tensor:
@@ -379,17 +386,17 @@ class FileRows:
         if size >= MAPPED and sys.platform == "linux":
             return self._mapped(start * self._row_bytes, size).view(stop - start, *self.shape[1:])
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        self._fill(out, start)
+        self._fill(_bytes_of(out), start * self._row_bytes)
         return out
 
-    def _fill(self, out: Tensor, start: int) -> None:
-        buffer = _bytes_of(out.numpy())
-        self._file.seek(start * self._row_bytes)
+    def _fill(self, buffer: memoryview, start: int) -> None:
+        """Read bytes from ``start`` on."""
         while len(buffer):
+            self._file.seek(start)
             count = self._file.readinto(buffer)
             if not count:
-                raise self._short(start + len(out))
-            buffer = buffer[count:]
+                raise self._short(start // self._row_bytes)
+            buffer, start = buffer[count:], start + count
 
     def _mapped(self, start: int, size: int) -> Tensor:
         """Bytes of the file as one vector."""
@@ -401,7 +408,7 @@ class FileRows:
         self._map.madvise(mmap.MADV_WILLNEED, first, start + size - first)
         return torch.frombuffer(self._map, dtype=self.dtype, count=size // self.dtype.itemsize, offset=start)
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Give back the pages of the last read."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -410,6 +417,6 @@ class FileRows:
         return DataError(f"{self.folder}: a temporary file ends before row {row}")
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
-    """The memory of a contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8).data)
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, of whatever dtype: numpy does not know all."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -11,6 +11,7 @@ which has the same minimum as soon as there are enough units.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ NEGLIGIBLE = 1e-28
 class KeptRows(Protocol):
     """Rows of a statistic of all samples: a tensor, or a temporary file."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
@@ -70,6 +74,13 @@ def _held_bytes(cache: Mapping[Any, Sequence[Sequence[Any]] | None]) -> int:
     """Bytes of the statistics of a cache that are in memory."""
     tensors = [t for whole in cache.values() for stats in whole or [] for t in stats if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _write_rows(into: Any, index: slice, rows: Tensor) -> None:
+    if isinstance(into, memory.FileRows):
+        into.write(index.start, rows)
+    else:
+        into[index] = rows
 
 
 def take_rows(source: Any, index: slice | Tensor) -> Tensor:
@@ -181,6 +192,7 @@ class Problem:
         self.spill = self.device.type == "cpu"
         self._cache: dict[torch.dtype, list[tuple[KeptRows, ...]] | None] = {}
         self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._stats_bytes: int | None = None
         self._null: dict[str, Tensor] = {}  # of the empty head, which no beta and no component changes
 
     @property
@@ -198,8 +210,8 @@ class Problem:
 
     @property
     def wide_products(self) -> bool:
-        """Whether evaluations are large products throughout, and there is memory for them."""
-        return self.budget.roomy and all(c.form.products_only for c in self.components)
+        """Whether evaluations are large products throughout."""
+        return all(c.form.products_only for c in self.components)
 
     def with_beta(self, beta: float) -> Problem:
         """The same program at another beta, sharing tokens and cached statistics."""
@@ -212,6 +224,7 @@ class Problem:
         """Other components on the same tokens, targets and beta; statistics are not shared."""
         other = self.with_beta(self.beta)
         other.components, other._cache = [component.to(self.device) for component in components], {}
+        other._stats_bytes = None
         return other
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
@@ -228,7 +241,7 @@ class Problem:
         its statistics in low precision as well.
         """
         whole = None
-        if low is not None and self.wide_products:
+        if low is not None and self.wide_products and self.budget.roomy:
             whole = self.low_stats(low)
         if whole is None:
             return self
@@ -237,16 +250,24 @@ class Problem:
         return other
 
     def low_stats(self, low: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
-        """Statistics rounded to ``low`` precision from those in memory; None where there is no room for both."""
+        """Statistics rounded to ``low`` precision from those that are kept; None where there is no room for both."""
         if low not in self._cache:
             whole = self._cached_stats(self.dtype)
-            tensors = [t for stats in whole or [] for t in stats]
-            if whole is None or not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
+            if whole is None or not all(t.dtype.is_floating_point for stats in whole for t in stats):
                 return None
-            room = self.cache_bytes - _held_bytes(self._cache)
-            if sum(t.numel() * low.itemsize for t in tensors if isinstance(t, Tensor)) > room:
+            like = [tuple(t[:1].to(low) for t in stats) for stats in whole]
+            size = sum(t.numel() * t.element_size() for stats in like for t in stats) * self.local
+            spilled = any(isinstance(t, memory.FileRows) for stats in whole for t in stats)
+            if not (spilled or self.budget.limit) and size > self.cache_bytes - _held_bytes(self._cache):
                 return None
-            self._cache[low] = [tuple(t.to(low) for t in stats if isinstance(t, Tensor)) for stats in whole]
+            found = self._kept_rows(like, size)
+            if found is None:
+                return None
+            for index in self.passing(self.chunk_rows(dtype=self.dtype)):
+                for target, stats in zip(found, whole, strict=True):
+                    for kept, source in zip(target, stats, strict=True):
+                        _write_rows(kept, index, source[index].to(low))
+            self._cache[low] = found
         return self._cache[low]
 
     def gradient_work(self, factors: Factors) -> int:
@@ -281,32 +302,37 @@ class Problem:
             first = self._fresh_stats(slice(0, step), dtype)
             size = sum(t.numel() * t.element_size() for stats in first for t in stats) * self.local // step
             self._cache[dtype] = whole = self._kept_rows(first, size)
-            for index in self._passing(step) if whole is not None else ():
+            for index in self.passing(step) if whole is not None else ():
                 for target, stats in zip(whole or [], self._fresh_stats(index, dtype), strict=True):
                     for kept, part in zip(target, stats, strict=True):
-                        if isinstance(kept, memory.FileRows):
-                            kept.write(index.start, part)
-                        else:
-                            kept[index] = part
+                        _write_rows(kept, index, part)
         return self._cache[dtype]
 
     def _kept_rows(self, like: list[Stats], size: int) -> list[tuple[Any, ...]] | None:
-        """Empty rows for statistics of all samples that take ``size`` bytes."""
-        held = _held_bytes(self._cache)
+        """Empty rows for statistics of all samples that take ``size`` bytes: the smallest ones in memory."""
+        room = self.cache_bytes - _held_bytes(self._cache)
         folder: Path | None = None
-        if held + size > self.cache_bytes:
-            near = next(filter(None, map(memory.folder_of, self.tokens)), None)
-            folder = memory.roomy_folder(near, size) if self.spill else None
+        if size > room:
+            folder = self.file_folder(size)
             if folder is None:
                 return None
+        sizes = [math.prod(t.shape[1:]) * t.element_size() * self.local for stats in like for t in stats]
+        fitting = itertools.accumulate(sorted(sizes))
+        largest = max((each for each, total in zip(sorted(sizes), fitting, strict=True) if total <= room), default=-1)
 
-        def rows(t: Tensor) -> Any:
+        def rows(t: Tensor, size: int) -> Any:
             shape = (self.local, *t.shape[1:])
-            if folder is not None:
+            if folder is not None and size > largest:
                 return memory.FileRows(shape, t.dtype, folder)
             return torch.empty(shape, dtype=t.dtype, device=t.device)
 
-        return [tuple(rows(t) for t in stats) for stats in like]
+        of = iter(sizes)
+        return [tuple(rows(t, next(of)) for t in stats) for stats in like]
+
+    def file_folder(self, size: int) -> Path | None:
+        """A folder with room for a temporary file of ``size`` bytes; None where there is none, or no use for one."""
+        near = next(filter(None, map(memory.folder_of, self.tokens)), None)
+        return memory.roomy_folder(near, size) if self.spill else None
 
     def forget(self, dtype: torch.dtype | None = None) -> None:
         """Free the cached statistics, or only those of one dtype."""
@@ -320,15 +346,34 @@ class Problem:
 
         ``fresh`` where the chunk's statistics are computed too: every gate needs room for its own.
         """
-        work = max(component.form.workspace for component in self.components) * n_units
-        own = max(c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components)
+        work, own = self._workspace(n_units)
         suited = min(MOST_ROWS, max(memory.WORKSPACE, self.budget.workspace) // max(1, work, own * fresh))
         if self.budget.limit is None:
             return max(16, suited)
+        return max(1, min(suited, self._most_rows(n_units, fresh, dtype)))
+
+    def _workspace(self, n_units: int) -> tuple[int, int]:
+        """Numbers of a sample in a temporary of ``n_units`` units, and in what is computed of it for all gates."""
+        work = max(component.form.workspace for component in self.components) * n_units
+        return work, max(c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components)
+
+    def _most_rows(self, n_units: int, fresh: bool, dtype: torch.dtype) -> int:
+        """Samples a chunk that there is memory for, where it is limited."""
+        work, own = self._workspace(n_units)
         # What is read of a sample counts as well, however few the units.
-        read = sum(c.form.tokens * c.form.features * (1 + (c.gates is not None) * c.n_gates) for c in self.components)
-        held = ALIVE * (work + own * fresh) + read * (1 + fresh)
-        return max(1, min(suited, self.budget.chunk(self.fixed_bytes) // (held * dtype.itemsize)))
+        read = self.stats_bytes * dtype.itemsize // 4
+        if fresh:
+            read += 2 * dtype.itemsize * sum(c.form.tokens * c.form.features for c in self.components)
+        held = ALIVE * (work + own * fresh) * dtype.itemsize + read
+        return max(1, self.budget.chunk(self.fixed_bytes) // held)
+
+    @property
+    def stats_bytes(self) -> int:
+        """Bytes of the statistics of one sample in float32."""
+        if self._stats_bytes is None:
+            stats = self._fresh_stats(slice(0, 1), torch.float32)
+            self._stats_bytes = sum(t.numel() * t.element_size() for each in stats for t in each)
+        return self._stats_bytes
 
     def pass_rows(self, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
         """Samples a chunk of a pass with ``n_units`` units, whether it reads their statistics or computes them.
@@ -336,14 +381,16 @@ class Problem:
         More where numbers take half of the bytes: what a chunk costs besides products counts more there. And products
         of few rows are slow, however many their columns.
         """
-        rows = self.chunk_rows(n_units, not cached or self._cached_stats(dtype) is None, dtype)
+        fresh = not cached or self._cached_stats(dtype) is None
+        rows = self.chunk_rows(n_units, fresh, dtype)
         low = dtype.itemsize < 4
         least = 0
         if self.wide_products:
             bytes_each = max(c.form.workspace for c in self.components) * n_units * dtype.itemsize
             lasting = (memory.MOST_MAPPED - 1) // max(1, bytes_each)
             least = max(FEWEST_ROWS, min(LEAST_LOW_ROWS if low else LEAST_ROWS, lasting))
-        return max(int(LOW_ROWS * rows) if low else rows, least)
+        rows = max(int(LOW_ROWS * rows) if low else rows, least)
+        return rows if self.budget.limit is None else min(rows, self._most_rows(n_units, fresh, dtype))
 
     def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
         """Statistics of some samples for every component."""
@@ -367,10 +414,14 @@ class Problem:
         return index[place] - self.start, place
 
     def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        for index in self._passing(self.pass_rows(dtype, n_units, cached)):
+        for index in self.passing(self.pass_rows(dtype, n_units, cached)):
             yield index, self.stats_of(index, dtype, cached)
+        for stats in self._cache.get(dtype) or []:
+            for t in stats:
+                if isinstance(t, memory.FileRows):
+                    t.release()
 
-    def _passing(self, step: int) -> Iterator[slice]:
+    def passing(self, step: int) -> Iterator[slice]:
         """The parts of a pass over the samples here, ``step`` at a time."""
         yield from self.budget.passing(split_rows(self.local, step))
         if self.budget.limit is not None:
@@ -702,7 +753,7 @@ class Problem:
         component = self.components[k]
         single = component.only_gate(gate)
         cached = self._cached_stats(dtype) if dtype == self.dtype else None
-        for index in self._passing(step):
+        for index in self.passing(step):
             if cached is not None:
                 yield index, tuple(t[index] for t in cached[k]), gate
             else:

@@ -17,10 +17,17 @@ share of the change, which may be more than a step gains.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from convexheads.architectures import by_feature
+from convexheads.memory import FileRows
+from convexheads.operator import split_rows
 from convexheads.problem import Problem, Sums, take_rows
 from convexheads.solvers.units import Placement
 from convexheads.types import Factors
@@ -30,29 +37,75 @@ FAR = 4.0
 
 
 def fits(problem: Problem, shapes: Factors, low: torch.dtype) -> bool:
-    """Whether features of so many units in precision ``low`` take no more memory than statistics may."""
+    """Whether there is room for features of so many units in precision ``low``."""
+    return room_for(problem, features_size(problem, shapes, low))
+
+
+def features_size(problem: Problem, shapes: Factors, low: torch.dtype) -> int:
+    """Bytes of the features of so many units of pooled heads in precision ``low``."""
     numbers = sum(len(u.v) * c.form.value_width for u, c in zip(shapes.units, problem.components, strict=True))
-    return numbers * problem.local * low.itemsize <= problem.cache_bytes
+    return numbers * problem.local * low.itemsize
+
+
+def kept_folder(problem: Problem, size: int) -> Path | None:
+    """Where a file of ``size`` bytes of features goes, if memory is limited to fewer; None: they stay in memory."""
+    if size <= problem.cache_bytes or problem.budget.limit is None:
+        return None
+    return problem.file_folder(size)
+
+
+def room_for(problem: Problem, size: int) -> bool:
+    """Whether features of ``size`` bytes take no more memory than statistics may, or go to a file."""
+    return size <= problem.cache_bytes or kept_folder(problem, size) is not None
 
 
 class Kept:
-    """Features of all samples, in low precision and in the layout in which they come."""
+    """Features of all samples, in low precision and in the layout in which they come.
 
-    def __init__(self, n: int, like: Tensor, low: torch.dtype) -> None:
+    In a temporary file, if there is a ``folder`` for it.
+    """
+
+    def __init__(self, n: int, like: Tensor, low: torch.dtype, folder: Path | None = None) -> None:
         self.transposed = by_feature(like)
         like = like.mT if self.transposed else like
-        self.rows = torch.empty(n, *like.shape[1:], dtype=low, device=like.device)
+        shape = (n, *like.shape[1:])
+        self.file = None if folder is None else FileRows(shape, low, folder)
+        self.rows: Any = torch.empty(shape, dtype=low, device=like.device) if self.file is None else self.file
 
     def write(self, index: slice, T: Tensor) -> None:
-        self.rows[index] = T.mT if self.transposed else T
+        part = T.mT if self.transposed else T
+        if self.file is None:
+            self.rows[index] = part
+        else:
+            self.file.write(index.start, part)
 
-    def read(self) -> Tensor:
-        return self.rows.mT if self.transposed else self.rows
+    def read(self, index: slice) -> Tensor:
+        """Features of consecutive rows, no copy if they are in memory."""
+        rows = self.rows[index]
+        return rows.mT if self.transposed else rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features of one sample, or of one of its tokens."""
+        return math.prod(self.rows.shape[1:]) * self.rows.dtype.itemsize
 
     def take(self, index: Tensor) -> Tensor:
         """A copy of some samples."""
         rows = take_rows(self.rows, index)
         return rows.mT if self.transposed else rows
+
+
+def kept_parts(problem: Problem, kept: Sequence[Kept], rows_each: int = 1) -> Iterator[slice]:
+    """The samples in parts whose features, of ``rows_each`` tokens, are taken at once: all, if they are in memory.
+
+    There are no temporaries but of the size of the outputs then, and one product is faster than many.
+    """
+    step = max(1, problem.local)
+    if any(each.file is not None for each in kept):
+        step = max(
+            1, problem.budget.chunk(problem.fixed_bytes) // (4 * rows_each * sum(each.row_bytes for each in kept))
+        )
+    return split_rows(problem.local, step)
 
 
 class Differences:
@@ -112,13 +165,14 @@ class Differences:
         problem, factors, flat = self.problem, self.shapes.like(x), torch.zeros_like(x)
         gradient, sums, total = self.shapes.like(flat), Sums(), 0.0
         kept: list[Kept] = []
+        folder = kept_folder(problem, features_size(problem, self.shapes, self.low))
         self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
         self.residuals = torch.empty_like(self.outputs)
         for index, stats in problem.chunks(x.dtype, max(1, factors.n_units)):
 
             def keep(features: list[Tensor], O: Tensor, L: Tensor, index: slice = index) -> None:
                 if not kept:
-                    kept.extend(Kept(problem.local, T, self.low) for T in features)
+                    kept.extend(Kept(problem.local, T, self.low, folder) for T in features)
                 for each, T in zip(kept, features, strict=True):
                     each.write(index, T)
                 self.outputs[index], self.residuals[index] = O, L
@@ -136,12 +190,13 @@ class Differences:
         steps = [units.to(low) for units in moved.units]
         values = [units.v.to(low) for units in self.shapes.like(x).units]
         both = [torch.cat([v, step.v], 2) for v, step in zip(values, steps, strict=True)]
-        # What is kept of all samples lies in one piece: one product of it is faster than one a chunk. Units that have
-        # come since the reference follow those that there are features of, and were zero.
-        kept = [each.read() for each in self.features]
+        # Units that have come since the reference follow those that there are features of, and were zero.
+        parts_kept = list(kept_parts(problem, self.features))
         O = self.outputs.clone() if moved.intercept is None else self.outputs + moved.intercept
-        for component, T_0, step in zip(problem.components, kept, steps, strict=True):
-            O[:, component.outputs] += component.forward(T_0, step.v[: T_0.shape[1]])
+        for index in problem.budget.passing(parts_kept):
+            for component, each, step in zip(problem.components, self.features, steps, strict=True):
+                T_0 = each.read(index)
+                O[index, component.outputs] += component.forward(T_0, step.v[: T_0.shape[1]])
         moves = torch.empty(O.shape, dtype=low, device=O.device)
         for index, stats in problem.chunks(low, max(1, moved.n_units)):
             targets, weights = problem.targets_of(index, x.dtype)
@@ -166,7 +221,9 @@ class Differences:
                 sums.add(g.v, component.adjoint_v(T, L[:, component.outputs]))
                 cotangent = torch.cat([each[:, component.outputs] for each in both_L], 1)
                 sums.add(g.u, pull(component.adjoint_features(T, v, cotangent)))
-        for component, T_0, g in zip(problem.components, kept, change.units, strict=True):
-            sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[:, component.outputs]))
+        for index in problem.budget.passing(parts_kept):
+            for component, each, g in zip(problem.components, self.features, change.units, strict=True):
+                T_0 = each.read(index)
+                sums.add(g.v[: T_0.shape[1]], component.adjoint_v(T_0, moves[index, component.outputs]))
         sums.close()
         return total, flat

@@ -35,17 +35,18 @@ from convexheads.solvers.cores import (
     with_decay,
     without_intercept,
 )
-from convexheads.solvers.differences import Kept
+from convexheads.solvers.differences import Kept, kept_folder, kept_parts, room_for
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
 MOST_DIRECTIONS = 2000
-"""Directions whose Hessian has all couplings: those of least curvature of the loss; others have its diagonal."""
+"""Directions whose Hessian has all couplings: those of least curvature of the loss; others have its diagonal. Fewer
+where memory is limited."""
 SAMPLED = 5000
 """Sampled gradients that the Hessian is estimated from ..."""
 SAMPLED_NUMBERS = 2**26
-"""... and the most numbers in all of them."""
+"""... and the most numbers in all of them, fewer where memory is limited."""
 STEPS = 12
 """Iterations at most ..."""
 ENOUGH = 0.3
@@ -160,12 +161,14 @@ class Span:
         problem, dtype = self.problem, self.O.dtype
         totals = [torch.zeros_like(units.v) for units in self.basis]
         sums = Sums()
+        sizes = [(len(units.v) * c.form.value_width) for units, c in zip(self.basis, problem.components, strict=True)]
+        folder = kept_folder(problem, sum(sizes) * problem.local * self.rows_each * (self.low or dtype).itemsize)
         for index, stats in problem.chunks(dtype, sum(len(units.v) for units in self.basis)):
             rows, L = self._rows(index), self.L[index].reshape(-1, problem.outputs)
             for k, (component, units, stat) in enumerate(zip(problem.components, self.basis, stats, strict=True)):
                 T = component.features(stat, units)
                 if len(self.kept) == k:
-                    self.kept.append(Kept(problem.local * self.rows_each, T, self.low or dtype))
+                    self.kept.append(Kept(problem.local * self.rows_each, T, self.low or dtype, folder))
                 self.kept[k].write(rows, T)
                 sums.add(totals[k], component.adjoint_v(T, L[:, component.outputs]))
         sums.close()
@@ -223,22 +226,22 @@ class Span:
             own = [move for move, block in zip(moves, self.blocks, strict=True) if block.component == k]
             values.append(torch.cat([units.v.flatten(1)[:0], *own]).view(units.v.shape).to(low))
         drift = None if self.start.intercept is None else intercept - self.start.intercept.to(dtype)
-        # All samples at once: there are no temporaries but of the size of the outputs.
-        T = [kept.read() for kept in self.kept]
-        O = self.O.reshape(-1, problem.outputs)
-        O = O.clone() if drift is None else O + drift
-        for component, each, value in zip(problem.components, T, values, strict=True):
-            O[:, component.outputs] += component.forward(each, value)
-        total, L = problem.own_loss.value_and_gradient(
-            O.view(self.O.shape), *problem.targets_of(slice(0, problem.local), dtype)
-        )
-        change = (L - self.L).reshape(-1, problem.outputs)
-        slope_b = change.sum(0)
-        change = change.to(low)
-        found = [
-            component.adjoint_v(each, change[:, component.outputs]).to(dtype)
-            for component, each in zip(problem.components, T, strict=True)
-        ]
+        total, slope_b = 0.0, x.new_zeros(problem.outputs)
+        found = [torch.zeros_like(value, dtype=dtype) for value in values]
+        for part in problem.budget.passing(kept_parts(problem, self.kept, self.rows_each)):
+            T = [kept.read(self._rows(part)) for kept in self.kept]
+            there = self.O[part]
+            O = there.reshape(-1, problem.outputs)
+            O = O.clone() if drift is None else O + drift
+            for component, each, value in zip(problem.components, T, values, strict=True):
+                O[:, component.outputs] += component.forward(each, value)
+            loss, L = problem.own_loss.value_and_gradient(O.view(there.shape), *problem.targets_of(part, dtype))
+            total += loss
+            change = (L - self.L[part]).reshape(-1, problem.outputs)
+            slope_b += change.sum(0)
+            change = change.to(low)
+            for component, each, into in zip(problem.components, T, found, strict=True):
+                into += component.adjoint_v(each, change[:, component.outputs])
         value = torch.tensor(total, dtype=torch.float64, device=x.device)
         *moved, slope_b, value = problem.world.sum_all([*self._onto_right(found), slope_b, value])
         self.gradients_S = [old + new for old, new in zip(self.slope, moved, strict=True)]
@@ -272,7 +275,10 @@ class Span:
         scale = torch.cat([block.scale for block in self.blocks])
         sizes = [len(block.numbers) for block in self.blocks]
         total = len(scale)
-        count = min(problem.n, -(-min(SAMPLED, SAMPLED_NUMBERS // total) // self.rows_each))
+        limit = problem.budget.limit
+        numbers = SAMPLED_NUMBERS if limit is None else min(SAMPLED_NUMBERS, limit // 64)
+        most = MOST_DIRECTIONS if limit is None else min(MOST_DIRECTIONS, math.isqrt(limit // 128))
+        count = min(problem.n, -(-min(SAMPLED, numbers // total) // self.rows_each))
         sample = torch.randperm(problem.n, generator=generator)[:count].sort().values
         index, place = problem.own_samples(sample)
         noise = torch.randn(count, *problem.targets.shape[1:], generator=generator, dtype=dtype)[place]
@@ -286,10 +292,10 @@ class Span:
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         mirrored = torch.cat([block.mirrored + start for block, start in zip(self.blocks, starts, strict=True)])
         chosen = torch.arange(total, device=problem.device)
-        if total > MOST_DIRECTIONS:
+        if total > most:
             # Both of (r, s) and (s, r), or neither.
             softest = torch.minimum(curvature / damping, (curvature / damping)[mirrored])
-            chosen = (softest < softest.sort().values[MOST_DIRECTIONS]).nonzero()[:, 0]
+            chosen = (softest < softest.sort().values[most]).nonzero()[:, 0]
         every = torch.cat([chosen, torch.arange(total, total + problem.outputs, device=problem.device)])
         n = len(chosen)
         moment = moment_of(parts, every, scale, problem.world)
@@ -456,6 +462,5 @@ def span_work(problem: Problem, factors: Factors, more: int, low: torch.dtype | 
             side = m + min(more, 2 * m, room - m)
             work += 2 * side * component.q
             numbers += side * component.form.value_width
-    itemsize = (low or factors.tensors()[0].dtype).itemsize
-    fits = numbers * problem.targets[..., 0].numel() * itemsize <= problem.cache_bytes
-    return work if work and fits else math.inf
+    size = numbers * problem.targets[..., 0].numel() * (low or factors.tensors()[0].dtype).itemsize
+    return work if work and room_for(problem, size) else math.inf

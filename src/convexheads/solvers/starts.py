@@ -17,10 +17,10 @@ WARMUP_SAMPLES = 1000
 """Samples from which epochs of Adam come first; below, whole-batch iterations cost as little."""
 WARMUP_WORK = 2e8
 """Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
-LEAST_EPOCHS = 8
-"""Epochs of the warm-up from other factors, and the fewest from none ..."""
-MOST_EPOCHS = 16
-"""... and the most ..."""
+WARM_EPOCHS = 8
+"""Epochs of the warm-up from other factors."""
+LEAST_EPOCHS, MOST_EPOCHS = 4, 16
+"""The fewest epochs from none, and the most ..."""
 WARMUP_STEPS = 200
 """... for about so many mini-batches ..."""
 MOST_LOW_EPOCHS, LOW_STEPS, USUAL_RATIO, LOW_POWER = 40, 480, 0.034, -0.56
@@ -170,7 +170,7 @@ def second_guess(problem: Problem, init: Factors, max_rank: int | None, generato
         for component, old, new in zip(problem.components, init.units, fresh.units, strict=True)
     ]
     start = Factors(units, init.intercept)
-    found = adam_epochs(problem, start, 0.5 * start_scale(problem, max(1, start.n_units)), LEAST_EPOCHS, generator)
+    found = adam_epochs(problem, start, 0.5 * start_scale(problem, max(1, start.n_units)), WARM_EPOCHS, generator)
     found = slim(problem, found)
     # Epochs leave the neighbourhood of an optimum that the start is already in.
     return found if problem.value_and_gradient(found)[0] < problem.value_and_gradient(init)[0] else None
