@@ -279,7 +279,7 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a limit as well, but not where the C library knows no such setting."""
+    """Not with a small limit, nor where the C library knows no such setting."""
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(memory, "_library", lambda name: lambda *args: calls.append(args))
     X = np.random.default_rng(0).standard_normal((1200, 2, 3)).astype(np.float32)
@@ -290,8 +290,9 @@ def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: 
     assert calls == kept + left
     calls.clear()
     ConvexHeadClassifier("mixer", beta_ratio=0.3).fit(X[:900], y[:900])
+    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit=memory.KEEPING - 1).fit(X, y)
     assert not calls
-    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="64MB").fit(X, y)
+    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit=memory.KEEPING).fit(X, y)
     assert calls == kept + left
     calls.clear()
     with pytest.raises(KeyboardInterrupt), memory.keeping_pages():

@@ -41,6 +41,8 @@ KERNELS = 400 * 10**6
 """Bytes of the code and buffers that oneDNN keeps for the shapes of all products of one fit, about, ..."""
 ROOMY = 10**9
 """... and those from which a limit has room for them."""
+KEEPING = 64 * 10**6
+"""Limit from which freed pages are kept within a fit: some MB of them are in holes."""
 TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
 MAPPED = 2 * 2**20
@@ -155,12 +157,13 @@ def trim() -> None:
 def keeping_pages(worth: bool = True) -> Iterator[None]:
     """Within it the C library keeps the pages of freed blocks for the next ones (glibc).
 
-    Nothing changes where it is not ``worth`` it.
+    Nothing changes where it is not ``worth`` it, or a limit leaves no room for what lies in holes.
 
     It would give them back whenever some megabytes are free at the end of its heap, and map every larger block anew:
     in passes over chunks of samples the system then clears as many pages as the temporaries of all chunks have.
     """
-    setting = _library("mallopt") if worth else None
+    limit = current().limit
+    setting = _library("mallopt") if worth and (limit is None or limit >= KEEPING) else None
     if setting is None:
         yield
         return
@@ -217,7 +220,7 @@ class Budget:
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
-            min(CACHE_BYTES, share // 5),
+            min(CACHE_BYTES, share // 6),
             max(2**13, min(WORKSPACE, share // 128)),
             max(2**16, min(READ_BYTES, share // 32)),
         )
@@ -230,7 +233,7 @@ class Budget:
     def chunk(self, fixed: int) -> int:
         """With a limit, bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller."""
         assert self.limit is not None
-        return max(self.limit // 16, (self.limit - _overhead(self.limit) - fixed) * 2 // 5)
+        return max(self.limit // 16, (self.limit - _overhead(self.limit) - fixed) // 3)
 
     def on(self, device: torch.device) -> Budget:
         """The shares of a computation on a device: without a limit, on an accelerator, from what is free there."""

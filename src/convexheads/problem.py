@@ -365,7 +365,7 @@ class Problem:
         if fresh:
             read += 2 * dtype.itemsize * sum(c.form.tokens * c.form.features for c in self.components)
         held = ALIVE * (work + own * fresh) * dtype.itemsize + read
-        return max(1, self.budget.chunk(self.fixed_bytes) // held)
+        return max(1, self.budget.chunk(self.fixed_bytes + _held_bytes(self._cache)) // held)
 
     @property
     def stats_bytes(self) -> int:
