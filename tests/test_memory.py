@@ -202,6 +202,17 @@ def test_small_statistics_stay_in_memory_where_large_ones_do_not() -> None:
     assert kinds == ["FileRows", "FileRows"]
 
 
+def test_of_statistics_of_the_same_size_no_more_stay_in_memory_than_fit() -> None:
+    found = float32_problem(Case("mixer", n=200, s=6, d=8), Case("mixer", n=200, s=6, d=8, weight=2.0))
+    whole = found._cached_stats(torch.float32) or []
+    sizes = [t.numel() * t.element_size() for stats in whole for t in stats if isinstance(t, torch.Tensor)]
+    assert len(set(sizes)) == 1 < len(sizes)
+    found.budget, found.cache_bytes = memory.Budget.of(memory.ROOMY), sizes[0] * 3 // 2
+    found.forget()
+    kinds = [type(t).__name__ for stats in found._cached_stats(torch.float32) or [] for t in stats]
+    assert sorted(kinds) == ["FileRows"] * (len(sizes) - 1) + ["Tensor"]
+
+
 FIT = """
 import json, sys, time
 import numpy as np

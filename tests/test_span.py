@@ -86,33 +86,37 @@ def test_values_and_gradients_are_those_of_the_problem(heads: tuple[Case, ...], 
     assert found.excess() == pytest.approx(largest - 1.0)
 
 
-@every_head
-def test_chunks_add_up(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def classified(heads: tuple[Case, ...]) -> tuple[Problem, Factors]:
+    """A problem of few samples, and factors of it."""
     problem = make_setting(*(replace(head, n=30, loss="cross_entropy") for head in heads)).problem
-    factors = random_units(problem, 2)
-    whole = span_of(problem, factors)
+    return problem, random_units(problem, 2)
+
+
+def assert_same(whole: Span, parts: Span) -> None:
     x = moved(whole)
-    monkeypatch.setattr(Problem, "pass_rows", lambda self, *args, **kwargs: 7)
-    parts = span_of(problem, factors)
     for one, other in zip(whole.evaluate(x), parts.evaluate(x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(whole.apply(x[None]), parts.apply(x[None]), rtol=1e-6, atol=1e-8)
 
 
 @every_head
-def test_features_in_a_file_are_those_in_memory(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_setting(*(replace(head, n=30, loss="cross_entropy") for head in heads)).problem
-    factors = random_units(problem, 2)
+def test_chunks_add_up(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, factors = classified(heads)
     whole = span_of(problem, factors)
-    x = moved(whole)
+    monkeypatch.setattr(Problem, "pass_rows", lambda self, *args, **kwargs: 7)
+    assert_same(whole, span_of(problem, factors))
+
+
+@every_head
+def test_features_in_a_file_are_those_in_memory(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, factors = classified(heads)
+    whole = span_of(problem, factors)
     problem.budget, problem.cache_bytes = Budget.of(ROOMY), 1
     monkeypatch.setattr(Budget, "chunk", lambda self, fixed: 3000)
     parts = span_of(problem, factors)
     assert all(isinstance(each.rows, FileRows) for each in parts.kept)
     assert len(list(kept_parts(problem, parts.kept, parts.rows_each))) > 1
-    for one, other in zip(whole.evaluate(x), parts.evaluate(x), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(whole.apply(x[None]), parts.apply(x[None]), rtol=1e-6, atol=1e-8)
+    assert_same(whole, parts)
 
 
 @pytest.mark.parametrize("most", [3000, 8])

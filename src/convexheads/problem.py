@@ -76,7 +76,8 @@ def _held_bytes(cache: Mapping[Any, Sequence[Sequence[Any]] | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _write_rows(into: Any, index: slice, rows: Tensor) -> None:
+def write_rows(into: Any, index: slice, rows: Tensor) -> None:
+    """``into[index] = rows``, of any dtype, for a tensor or a temporary file."""
     if isinstance(into, memory.FileRows):
         into.write(index.start, rows)
     else:
@@ -256,17 +257,12 @@ class Problem:
             if whole is None or not all(t.dtype.is_floating_point for stats in whole for t in stats):
                 return None
             like = [tuple(t[:1].to(low) for t in stats) for stats in whole]
-            size = sum(t.numel() * t.element_size() for stats in like for t in stats) * self.local
-            spilled = any(isinstance(t, memory.FileRows) for stats in whole for t in stats)
-            if not (spilled or self.budget.limit) and size > self.cache_bytes - _held_bytes(self._cache):
-                return None
-            found = self._kept_rows(like, size)
+            spill = self.budget.limit is not None or any(isinstance(t, memory.FileRows) for s in whole for t in s)
+            found = self._kept_rows(like, spill)
             if found is None:
                 return None
-            for index in self.passing(self.chunk_rows(dtype=self.dtype)):
-                for target, stats in zip(found, whole, strict=True):
-                    for kept, source in zip(target, stats, strict=True):
-                        _write_rows(kept, index, source[index].to(low))
+            step = self.chunk_rows(dtype=self.dtype)
+            self._fill(found, step, lambda index: self.stats_of(index, self.dtype))
             self._cache[low] = found
         return self._cache[low]
 
@@ -300,34 +296,40 @@ class Problem:
         if dtype not in self._cache:
             step = min(self.chunk_rows(fresh=True, dtype=dtype), self.local)
             first = self._fresh_stats(slice(0, step), dtype)
-            size = sum(t.numel() * t.element_size() for stats in first for t in stats) * self.local // step
-            self._cache[dtype] = whole = self._kept_rows(first, size)
-            for index in self.passing(step) if whole is not None else ():
-                for target, stats in zip(whole or [], self._fresh_stats(index, dtype), strict=True):
-                    for kept, part in zip(target, stats, strict=True):
-                        _write_rows(kept, index, part)
+            self._cache[dtype] = whole = self._kept_rows(first, self.spill)
+            if whole is not None:
+                self._fill(whole, step, lambda index: self._fresh_stats(index, dtype))
         return self._cache[dtype]
 
-    def _kept_rows(self, like: list[Stats], size: int) -> list[tuple[Any, ...]] | None:
-        """Empty rows for statistics of all samples that take ``size`` bytes: the smallest ones in memory."""
-        room = self.cache_bytes - _held_bytes(self._cache)
-        folder: Path | None = None
-        if size > room:
-            folder = self.file_folder(size)
-            if folder is None:
-                return None
-        sizes = [math.prod(t.shape[1:]) * t.element_size() * self.local for stats in like for t in stats]
-        fitting = itertools.accumulate(sorted(sizes))
-        largest = max((each for each, total in zip(sorted(sizes), fitting, strict=True) if total <= room), default=-1)
+    def _fill(self, rows: list[tuple[Any, ...]], step: int, stats_of: Callable[[slice], list[Stats]]) -> None:
+        """Write the statistics of all samples into ``rows``, of any dtype, ``step`` samples at a time."""
+        for index in self.passing(step):
+            for target, stats in zip(rows, stats_of(index), strict=True):
+                for into, part in zip(target, stats, strict=True):
+                    write_rows(into, index, part)
 
-        def rows(t: Tensor, size: int) -> Any:
+    def _kept_rows(self, like: list[Stats], spill: bool) -> list[tuple[Any, ...]] | None:
+        """Empty rows for statistics of all samples: the smallest in memory, those that ``spill`` in temporary files.
+
+        None where not all fit into memory, and they may not spill or there is no room for files.
+        """
+        sizes = [math.prod(t.shape[1:]) * t.element_size() * self.local for stats in like for t in stats]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        room = self.cache_bytes - _held_bytes(self._cache)
+        totals = itertools.accumulate(sizes[i] for i in order)
+        spilled = {i for i, total in zip(order, totals, strict=True) if total > room}
+        folder = self.file_folder(sum(sizes)) if spilled and spill else None
+        if spilled and folder is None:
+            return None
+        numbers = itertools.count()
+
+        def rows(t: Tensor) -> Any:
             shape = (self.local, *t.shape[1:])
-            if folder is not None and size > largest:
+            if next(numbers) in spilled and folder is not None:
                 return memory.FileRows(shape, t.dtype, folder)
             return torch.empty(shape, dtype=t.dtype, device=t.device)
 
-        of = iter(sizes)
-        return [tuple(rows(t, next(of)) for t in stats) for stats in like]
+        return [tuple(rows(t) for t in stats) for stats in like]
 
     def file_folder(self, size: int) -> Path | None:
         """A folder with room for a temporary file of ``size`` bytes; None where there is none, or no use for one."""
@@ -386,7 +388,7 @@ class Problem:
         low = dtype.itemsize < 4
         least = 0
         if self.wide_products:
-            bytes_each = max(c.form.workspace for c in self.components) * n_units * dtype.itemsize
+            bytes_each = self._workspace(n_units)[0] * dtype.itemsize
             lasting = (memory.MOST_MAPPED - 1) // max(1, bytes_each)
             least = max(FEWEST_ROWS, min(LEAST_LOW_ROWS if low else LEAST_ROWS, lasting))
         rows = max(int(LOW_ROWS * rows) if low else rows, least)

@@ -28,9 +28,9 @@ from torch import Tensor
 from convexheads.architectures import by_feature
 from convexheads.memory import FileRows
 from convexheads.operator import split_rows
-from convexheads.problem import Problem, Sums, take_rows
+from convexheads.problem import Problem, Sums, take_rows, write_rows
 from convexheads.solvers.units import Placement
-from convexheads.types import Factors
+from convexheads.types import Factors, Units
 
 FAR = 4.0
 """Change of the gradient since the reference, over the gradient, from which there is a new one."""
@@ -38,13 +38,13 @@ FAR = 4.0
 
 def fits(problem: Problem, shapes: Factors, low: torch.dtype) -> bool:
     """Whether there is room for features of so many units in precision ``low``."""
-    return room_for(problem, features_size(problem, shapes, low))
+    return room_for(problem, features_size(problem, shapes.units, low))
 
 
-def features_size(problem: Problem, shapes: Factors, low: torch.dtype) -> int:
-    """Bytes of the features of so many units of pooled heads in precision ``low``."""
-    numbers = sum(len(u.v) * c.form.value_width for u, c in zip(shapes.units, problem.components, strict=True))
-    return numbers * problem.local * low.itemsize
+def features_size(problem: Problem, units: Sequence[Units], dtype: torch.dtype) -> int:
+    """Bytes of the features of so many units of every component."""
+    numbers = sum(len(u.v) * c.form.value_width for u, c in zip(units, problem.components, strict=True))
+    return numbers * problem.targets[..., 0].numel() * dtype.itemsize
 
 
 def kept_folder(problem: Problem, size: int) -> Path | None:
@@ -69,15 +69,10 @@ class Kept:
         self.transposed = by_feature(like)
         like = like.mT if self.transposed else like
         shape = (n, *like.shape[1:])
-        self.file = None if folder is None else FileRows(shape, low, folder)
-        self.rows: Any = torch.empty(shape, dtype=low, device=like.device) if self.file is None else self.file
+        self.rows: Any = FileRows(shape, low, folder) if folder else torch.empty(shape, dtype=low, device=like.device)
 
     def write(self, index: slice, T: Tensor) -> None:
-        part = T.mT if self.transposed else T
-        if self.file is None:
-            self.rows[index] = part
-        else:
-            self.file.write(index.start, part)
+        write_rows(self.rows, index, T.mT if self.transposed else T)
 
     def read(self, index: slice) -> Tensor:
         """Features of consecutive rows, no copy if they are in memory."""
@@ -101,10 +96,9 @@ def kept_parts(problem: Problem, kept: Sequence[Kept], rows_each: int = 1) -> It
     There are no temporaries but of the size of the outputs then, and one product is faster than many.
     """
     step = max(1, problem.local)
-    if any(each.file is not None for each in kept):
-        step = max(
-            1, problem.budget.chunk(problem.fixed_bytes) // (4 * rows_each * sum(each.row_bytes for each in kept))
-        )
+    if any(isinstance(each.rows, FileRows) for each in kept):
+        sample = rows_each * sum(each.row_bytes for each in kept)
+        step = max(1, problem.budget.chunk(problem.fixed_bytes) // (4 * sample))
     return split_rows(problem.local, step)
 
 
@@ -165,7 +159,7 @@ class Differences:
         problem, factors, flat = self.problem, self.shapes.like(x), torch.zeros_like(x)
         gradient, sums, total = self.shapes.like(flat), Sums(), 0.0
         kept: list[Kept] = []
-        folder = kept_folder(problem, features_size(problem, self.shapes, self.low))
+        folder = kept_folder(problem, features_size(problem, self.shapes.units, self.low))
         self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
         self.residuals = torch.empty_like(self.outputs)
         for index, stats in problem.chunks(x.dtype, max(1, factors.n_units)):

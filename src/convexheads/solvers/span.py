@@ -35,7 +35,7 @@ from convexheads.solvers.cores import (
     with_decay,
     without_intercept,
 )
-from convexheads.solvers.differences import Kept, kept_folder, kept_parts, room_for
+from convexheads.solvers.differences import Kept, features_size, kept_folder, kept_parts, room_for
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
@@ -161,8 +161,7 @@ class Span:
         problem, dtype = self.problem, self.O.dtype
         totals = [torch.zeros_like(units.v) for units in self.basis]
         sums = Sums()
-        sizes = [(len(units.v) * c.form.value_width) for units, c in zip(self.basis, problem.components, strict=True)]
-        folder = kept_folder(problem, sum(sizes) * problem.local * self.rows_each * (self.low or dtype).itemsize)
+        folder = kept_folder(problem, features_size(problem, self.basis, self.low or dtype))
         for index, stats in problem.chunks(dtype, sum(len(units.v) for units in self.basis)):
             rows, L = self._rows(index), self.L[index].reshape(-1, problem.outputs)
             for k, (component, units, stat) in enumerate(zip(problem.components, self.basis, stats, strict=True)):
