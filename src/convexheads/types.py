@@ -66,6 +66,11 @@ class Units:
     def to(self, dtype: torch.dtype) -> Units:
         return Units(None if self.u is None else self.u.to(dtype), self.v.to(dtype), self.gate)
 
+    def clone(self) -> Units:
+        """A copy that shares no memory with this one."""
+        u, gate = (None if t is None else t.clone() for t in (self.u, self.gate))
+        return Units(u, self.v.clone(), gate)
+
 
 @dataclass
 class Factors:
@@ -95,6 +100,10 @@ class Factors:
     def to(self, dtype: torch.dtype) -> Factors:
         intercept = None if self.intercept is None else self.intercept.to(dtype)
         return Factors([each.to(dtype) for each in self.units], intercept)
+
+    def clone(self) -> Factors:
+        """A copy that shares no memory with this one."""
+        return Factors([each.clone() for each in self.units], None if self.intercept is None else self.intercept.clone())
 
     @property
     def n_units(self) -> int:

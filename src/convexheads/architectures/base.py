@@ -88,6 +88,11 @@ def gated_forms_adjoint(selected: Tensor, cotangent: Tensor, gate: Tensor, X: Te
     return torch.cat(parts)
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of one of inference mode, which can take part in no derivative."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def gate_groups(gate: Tensor) -> Iterator[tuple[int, slice]]:
     """Each gate with the slice of its units; gate (m,) ascending."""
     index, counts = torch.unique_consecutive(gate, return_counts=True)
@@ -224,10 +229,16 @@ class Architecture:
         pull = self.pullback(stats, u, gate)
         if pull is not None:
             return self.unit_features(stats, u, gate), pull
-        u = u.detach().requires_grad_()
-        with torch.enable_grad():
-            T = self.unit_features(stats, u, gate)
-        return T.detach(), lambda cotangent: torch.autograd.grad(T, u, cotangent)[0]
+        with torch.inference_mode(False), torch.enable_grad():
+            variable = _ordinary(u).detach().requires_grad_()
+            index = None if gate is None else _ordinary(gate)
+            T = self.unit_features(tuple(map(_ordinary, stats)), variable, index)
+
+        def differentiated(cotangent: Tensor) -> Tensor:
+            with torch.inference_mode(False):
+                return torch.autograd.grad(T, variable, cotangent)[0]
+
+        return T.detach(), differentiated
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback | None:
         """The adjoint of the derivative of ``unit_features`` in u without any features of u; None where there is none.
@@ -242,14 +253,20 @@ class Architecture:
         ``cotangent`` has the entries of the unit features. Override where there is a cheaper way.
         """
 
-        def features(stat: Stats, weights: Tensor) -> Tensor:
-            return self.unit_features(tuple(t[None] for t in stat), weights, gate)[0]
+        if self.outer_gradients:
+            x, w = self.outer_gradient(stats, cotangent.reshape(len(cotangent), len(u), -1))
+            return (x[:, None, :, None] * w[:, :, None]).view(len(x), *u.shape)
+        index = None if gate is None else _ordinary(gate)
 
-        # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
-        copies = u.expand(len(stats[0]), *u.shape).detach().requires_grad_()
-        with torch.enable_grad():
-            T = torch.vmap(features)(stats, copies)
-        (found,) = torch.autograd.grad(T, copies, cotangent.view(T.shape))
+        def features(stat: Stats, weights: Tensor) -> Tensor:
+            return self.unit_features(tuple(t[None] for t in stat), weights, index)[0]
+
+        with torch.inference_mode(False):
+            # One copy of u a sample: the gradient with respect to the copies is that of every sample by itself.
+            copies = _ordinary(u).expand(len(stats[0]), *u.shape).detach().requires_grad_()
+            with torch.enable_grad():
+                T = torch.vmap(features)(tuple(map(_ordinary, stats)), copies)
+            (found,) = torch.autograd.grad(T, copies, cotangent.view(T.shape))
         return found
 
     def outer_gradient(self, stats: Stats, cotangent: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import nnls
@@ -91,8 +91,9 @@ PATIENCE, FEW_PATIENCE = 2, 4
 where it takes longer than an evaluation, after this many."""
 FIRST_CHECK = 10
 """Iterations from a first guess to the first check."""
-TARGET = 0.94
-"""Share of the tolerance that the gap must be estimated below before a proof is tried."""
+TARGET, EXACT_TARGET, EXACT_NOISE = 0.94, 0.987, 2e-6
+"""Share of the tolerance that the gap must be estimated below before a proof is tried; the second one, less so much in
+all, where all singular values are found: then nothing but rounding makes a proof differ."""
 ROUGH = 0.1
 """Precision of an estimate as a share of the gap at the one before."""
 CONVERGED = 0.2
@@ -271,6 +272,10 @@ class Factored:
         self.beyond = OutsideSubspace(problem, self.generator)
         # The gap follows from the gradient where nothing but ridge branches is left.
         self.ridge_only = all(component.ridge for component in problem.components)
+        # The gap at which a proof is tried, and by which factor it may rise for fewer units.
+        exact = self.subspace.exact(PAIRS, ROUNDS)
+        self.target = max(TARGET * tol, EXACT_TARGET * tol - EXACT_NOISE) if exact else TARGET * tol
+        self.slack = 1.0 if exact else SLACK
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
@@ -523,6 +528,18 @@ class Factored:
                 }
             )
 
+    def solve(self, init: Factors | None, resumed: bool) -> Solution:
+        """Iterate from a first guess, or from ``init``: where a solve of this very problem was if ``resumed``."""
+        problem = self.problem
+        if init is not None and resumed:
+            return self.run(init.to(problem.dtype))
+        if init is None:
+            return self.run(first_guess(problem, self.max_rank, self.generator), cold=True)
+        found = second_guess(problem, init, self.max_rank, self.generator)
+        if found is not None:
+            return self.run(found)
+        return self.run(init.to(problem.dtype), warm=True)
+
     def run(self, factors: Factors, warm: bool = False, cold: bool = False) -> Solution:
         """Iterate from ``factors``: a solution of another beta (warm), a first guess (cold), or neither."""
         problem = self.problem
@@ -532,7 +549,7 @@ class Factored:
         if problem.world.every(low is not None):
             self.low = low
         optimiser, shapes = self.optimiser(factors, problem.dtype)
-        schedule = Schedule(TARGET * self.tol, self.patience)
+        schedule = Schedule(self.target, self.patience)
         if cold:
             # The gap of a first guess says nothing.
             spacing = self.spacing(shapes)
@@ -567,7 +584,7 @@ class Factored:
                     self.report(bound.primal, bound.relative_gap, current)
                 if bound.relative_gap <= schedule.target:
                     slim, bound = self.slim(current, bound, schedule.target, seen is None or seen.sure)
-                    if bound.relative_gap <= SLACK * schedule.target:
+                    if bound.relative_gap <= self.slack * schedule.target:
                         solution = self.finish(slim, bound, "the relative gap reached tol")
                         if solution.converged:
                             return solution
@@ -632,9 +649,7 @@ class Factored:
     def renewed(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
         """An optimiser that evaluates anew where this one is, with all that it knows."""
         fresh, _ = self.optimiser(shapes.like(optimiser.x), optimiser.x.dtype)
-        fresh.pairs = optimiser.pairs
-        if optimiser.inverse is not None:
-            fresh.set_inverse(optimiser.inverse)
+        fresh.inherit(optimiser)
         return fresh
 
     def free_low(self) -> None:
@@ -836,7 +851,7 @@ class Factored:
         target. Factors come back in float64, with the intercept solved for unless a proof does so again.
         """
 
-        allowed = max(target / SLACK, SLACK * bound.relative_gap)
+        allowed = min(max(target / SLACK, SLACK * bound.relative_gap), self.slack * target)
         whole = factors.to(torch.float64)
         shares: tuple[float, ...] = (*SPARED, 0.05 * self.tol)
         if ROOM * target < bound.relative_gap < target:
@@ -851,9 +866,9 @@ class Factored:
             if not sure:
                 close = self.close_look(factors)
                 bound, sure = close.bound, True
-                if bound.relative_gap > SLACK * target:
+                if bound.relative_gap > self.slack * target:
                     return close.refitted, bound
-                allowed = max(allowed, SLACK * min(target, bound.relative_gap))
+                allowed = max(allowed, self.slack * min(target, bound.relative_gap))
         # Only what carries nothing at all.
         none, _ = canonical(self.problem, whole, 0.0)
         if not sure:
@@ -890,14 +905,10 @@ def solve_factored(
     prove : False ends with an estimated gap, not certified, and saves the time of the proof: for the steps of a path.
     resumed : whether ``init`` is where a solve of this very problem was: then no new units are tried first.
     """
-    # A fit of few samples has no large temporaries, and takes less than giving pages back.
-    with keeping_pages(problem.n >= WARMUP_SAMPLES), fast_products(largest_product(problem)):
+    # Without the bookkeeping for derivatives that nothing takes here, a call takes an eighth less time. A fit of few
+    # samples has no large temporaries, and takes less than giving pages back.
+    with torch.inference_mode(), keeping_pages(problem.n >= WARMUP_SAMPLES), fast_products(largest_product(problem)):
         state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
-        if init is not None and resumed:
-            return state.run(init.to(problem.dtype))
-        if init is None:
-            return state.run(first_guess(problem, max_rank, state.generator), cold=True)
-        found = second_guess(problem, init, max_rank, state.generator)
-        if found is not None:
-            return state.run(found)
-        return state.run(init.to(problem.dtype), warm=True)
+        solution = state.solve(init, resumed)
+    # What was made in that mode can never be differentiated.
+    return replace(solution, factors=solution.factors.clone())

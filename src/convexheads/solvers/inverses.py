@@ -25,9 +25,12 @@ class KroneckerInverse:
         self.scale = 1.0 / (outer + damping)
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Apply to ``matrix`` (..., a, b)."""
-        inner = (self.left_vectors.mT @ matrix @ self.right_vectors).mul_(self.scale)
-        return self.left_vectors @ (inner @ self.right_vectors.mT)
+        """Apply to ``matrix`` (r, a, b)."""
+        # Products of two matrices are called with less ado than those of one with a batch.
+        one = len(matrix) == 1
+        inner = (self.left_vectors.mT @ (matrix[0] if one else matrix) @ self.right_vectors).mul_(self.scale)
+        found = self.left_vectors @ (inner @ self.right_vectors.mT)
+        return found[None] if one else found
 
 
 class OutputwiseInverse:

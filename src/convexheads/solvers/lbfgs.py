@@ -1,11 +1,10 @@
 """Preconditioned L-BFGS on the factored objective.
 
-Limited-memory BFGS (Nocedal and Wright 2006, algorithm 7.4) whose initial inverse Hessian is a preconditioner,
-scaled by s'y / y'H0 y. A step is accepted by sufficient decrease up to the noise of the objective (the
-approximate Wolfe idea of Hager and Zhang 2005), so that float32 products do not stall it.
-
-The two loops over the pairs are triangular solves with the products s_i'y_j (Byrd, Nocedal and Schnabel 1994), so
-that a direction takes four matrix-vector products instead of four vector operations a pair.
+Limited-memory BFGS whose initial inverse Hessian is a preconditioner H0, scaled by s'y / y'H0 y, in the compact form of
+Byrd, Nocedal and Schnabel (1994, theorem 2.2): with the images H0 y kept beside the steps s, a direction takes one
+application of H0 and two products with all of them, and the scale takes nothing. A step is accepted by sufficient
+decrease up to the noise of the objective (the approximate Wolfe idea of Hager and Zhang 2005), so that float32 products
+do not stall it.
 """
 
 from __future__ import annotations
@@ -25,29 +24,38 @@ Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 MEMORY = 24
 LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
-RESCALE = 5
-"""New pairs after which the scale of the initial inverse Hessian is taken anew: it costs as much as applying it."""
+IMAGES = 2**20
+"""Numbers of the vectors that the initial inverse Hessian is applied to at once."""
 STEADY = 4
 """Last iterates that are combined to the one of least gradient."""
 
 
 class CurvaturePairs:
-    """The last steps s and changes of gradient y, as rows of two matrices, with the products s_i'y_j for i <= j.
+    """The last steps s and changes of gradient y, with the images H0 y and the products that a direction needs.
 
-    Rows are reused in turn; ``order`` has them from the oldest to the newest, as ``products`` are.
+    Rows are reused in turn; ``order`` has them from the oldest to the newest, as products are.
 
     Parameters
     ----------
     like : a vector of the variables' shape, dtype and device.
     most : pairs that are kept.
+
+    Attributes
+    ----------
+    moves : (rows, 2, number of variables), s and H0 y of each pair side by side, so that one product reads both.
+    products : s_i'y_j for i <= j.
+    inner : y_i'H0 y_j.
+    imaged : whether images and ``inner`` are there for the H0 in use; if not, :meth:`apply` takes them.
     """
 
     def __init__(self, like: Tensor, most: int) -> None:
         self.most = most
-        self.S = like.new_empty(0, len(like))
+        self.moves = like.new_empty(0, 2, len(like))
         self.Y = like.new_empty(0, len(like))
         # In the order of Fortran, as LAPACK wants it.
         self.products = np.zeros((most, most), order="F")
+        self.inner = np.zeros((most, most))
+        self.imaged = True
         self.order: list[int] = []
 
     def __len__(self) -> int:
@@ -55,67 +63,82 @@ class CurvaturePairs:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The pairs (s, y), oldest first."""
-        return ((self.S[k], self.Y[k]) for k in self.order)
+        return ((self.moves[k, 0], self.Y[k]) for k in self.order)
 
     def clear(self) -> None:
         self.order = []
 
     def _free_row(self) -> int:
         if len(self.order) == self.most:
-            self.products[:-1, :-1] = self.products[1:, 1:].copy()
+            for products in (self.products, self.inner):
+                products[:-1, :-1] = products[1:, 1:].copy()
             return self.order.pop(0)
         row = len(self.order)
-        if row == len(self.S):
-            more = self.S.new_empty(min(self.most, max(8, 2 * row)) - row, self.S.shape[1])
-            self.S, self.Y = torch.cat([self.S, more]), torch.cat([self.Y, more])
+        if row == len(self.Y):
+            more = min(self.most, max(8, 2 * row)) - row
+            self.moves = torch.cat([self.moves, self.moves.new_empty(more, *self.moves.shape[1:])])
+            self.Y = torch.cat([self.Y, self.Y.new_empty(more, self.Y.shape[1])])
         return row
 
-    def append(self, s: Tensor, y: Tensor) -> None:
-        """Add a pair with s'y > 0; the oldest goes where there are too many."""
+    def append(self, s: Tensor, y: Tensor, image: Tensor) -> None:
+        """Add a pair with s'y > 0 and the image H0 y; the oldest goes where there are too many."""
         row = self._free_row()
-        self.S[row], self.Y[row] = s, y
+        self.moves[row, 0], self.moves[row, 1], self.Y[row] = s, image, y
         self.order.append(row)
         held = len(self.order)
-        self.products[:held, held - 1] = self._by_age(self.S[:held] @ y)
+        new = self._along(y)
+        self.products[:held, held - 1] = new[:, 0]
+        self.inner[:held, held - 1] = self.inner[held - 1, :held] = new[:, 1]
 
-    def _by_age(self, numbers: Tensor) -> np.ndarray:
-        """Numbers of the rows, those of the oldest pair first, in float64."""
-        return numbers.double().cpu().numpy()[self.order]
-
-    def _by_row(self, numbers: np.ndarray) -> Tensor:
-        """The inverse of :meth:`_by_age`, in the variables' dtype."""
-        placed = np.empty(len(numbers))
-        placed[self.order] = numbers
-        return torch.from_numpy(placed).to(self.S.device, self.S.dtype)
+    def _along(self, vector: Tensor) -> np.ndarray:
+        """Products of s and of H0 y with a vector, (pairs, 2), those of the oldest pair first, in float64."""
+        found = self.moves[: len(self.order)].flatten(0, 1) @ vector
+        return found.double().cpu().numpy().reshape(-1, 2)[self.order]
 
     def mapped(self, transform: Apply) -> CurvaturePairs:
-        """The pairs under a linear map of the variables that keeps inner products of gradients and steps."""
-        S, Y = transform(self.S[self.order]), transform(self.Y[self.order])
+        """The pairs under a linear map of the variables that keeps inner products of gradients and steps.
+
+        Without images.
+        """
+        S, Y = transform(self.moves[self.order, 0]), transform(self.Y[self.order])
         curved = (S * Y).sum(1) > LEAST_CURVATURE * S.norm(dim=1) * Y.norm(dim=1)
         found = CurvaturePairs(S[0], self.most)
-        found.S, found.Y = S[curved], Y[curved]
-        held = len(found.S)
+        S, found.Y = S[curved], Y[curved]
+        found.moves = torch.stack([S, torch.zeros_like(S)], 1)
+        held = len(S)
         found.order = list(range(held))
-        found.products[:held, :held] = (found.S @ found.Y.mT).double().cpu().numpy()
+        found.products[:held, :held] = (S @ found.Y.mT).double().cpu().numpy()
+        found.imaged = False
         return found
 
-    def scale(self, inverse: Apply) -> float:
-        """s'y / y'H0 y of the newest pair, for an initial inverse Hessian H0: how much too small it is there."""
-        newest = self.Y[self.order[-1]]
-        last = len(self.order) - 1
-        return float(self.products[last, last]) / max(float(newest @ inverse(newest[None])[0]), 1e-300)
-
-    def direction(self, gradient: Tensor, inverse: Apply, scale: float) -> Tensor:
-        """Minus the inverse Hessian times ``gradient``, from ``scale`` times the initial one ``inverse``."""
+    def apply(self, inverse: Apply) -> None:
+        """Take the images of another H0."""
+        self.imaged = True
         held = len(self.order)
-        S, Y = self.S[:held], self.Y[:held]
+        for rows in self.Y[:held].split(max(1, IMAGES // self.Y.shape[1])):
+            start = rows.storage_offset() // self.Y.shape[1]
+            self.moves[start : start + len(rows), 1] = inverse(rows)
+        inner = self.moves[:held, 1] @ self.Y[:held].mT
+        self.inner[:held, :held] = (0.5 * (inner + inner.mT)).double().cpu().numpy()[np.ix_(self.order, self.order)]
+
+    @property
+    def scale(self) -> float:
+        """s'y / y'H0 y of the newest pair: how much too small H0 is there."""
+        last = len(self.order) - 1
+        return float(self.products[last, last]) / max(float(self.inner[last, last]), 1e-300)
+
+    def direction(self, gradient: Tensor, image: Tensor, scale: float) -> Tensor:
+        """Minus the inverse Hessian times ``gradient``, from ``scale`` H0; ``image`` is H0 times the gradient."""
+        held = len(self.order)
+        along = self._along(gradient)
         upper = self.products[:held, :held]
         # LAPACK reads the upper triangle only.
-        alpha = dtrtrs(upper, self._by_age(S @ gradient))[0]
-        r = inverse(torch.addmv(gradient, Y.mT, self._by_row(alpha), alpha=-1)[None])[0] * scale
-        # s_i'y_i (alpha_i - delta_i) = y_i'(r + sum of delta_j s_j over the older pairs j).
-        right = upper.diagonal() * alpha - self._by_age(Y @ r)
-        return r.addmv_(S.mT, self._by_row(dtrtrs(upper, right, trans=1)[0])).neg_()
+        alpha = dtrtrs(upper, along[:, 0])[0]
+        right = upper.diagonal() * alpha + scale * (self.inner[:held, :held] @ alpha - along[:, 1])
+        shares = np.empty((held, 2))
+        shares[self.order, 0], shares[self.order, 1] = dtrtrs(upper, right, trans=1)[0], -scale * alpha
+        own = torch.from_numpy(shares.reshape(-1)).to(image.device, image.dtype)
+        return torch.addmv(image, self.moves[:held].flatten(0, 1).mT, own, beta=-scale, alpha=-1.0)
 
 
 class LBFGS:
@@ -127,19 +150,16 @@ class LBFGS:
     x : start.
     noise : relative error of a value; increases below it are accepted.
     memory : curvature pairs that are kept.
-    rescale : new pairs after which the scale of the initial inverse Hessian is taken anew.
     """
 
-    def __init__(
-        self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY, rescale: int = RESCALE
-    ) -> None:
+    def __init__(self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY) -> None:
         self.evaluate, self.x, self.noise = evaluate, x, noise
         self.n_evaluations = 0
         self._here: tuple[float, Tensor] | None = None
         self.pairs = CurvaturePairs(x, memory)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=STEADY)
         self.inverse: Apply | None = None
-        self.rescale, self.scale, self.scaled = rescale, 1.0, 0
+        self._image: Tensor | None = None
 
     def _evaluated(self) -> tuple[float, Tensor]:
         # At the start only when it is asked for: it may be taken over by another optimiser at once.
@@ -161,22 +181,34 @@ class LBFGS:
 
     def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
-        self.inverse, self.scaled = inverse, 0
+        self.inverse, self._image, self.pairs.imaged = inverse, None, False
+
+    def inherit(self, other: LBFGS) -> None:
+        """Know what another optimiser of the same variables knows of their curvature."""
+        self.pairs, self.inverse = other.pairs, other.inverse
+
+    def _applied(self, vector: Tensor) -> Tensor:
+        return vector if self.inverse is None else self.inverse(vector[None])[0]
+
+    @property
+    def image(self) -> Tensor:
+        """The initial inverse Hessian times the gradient at ``x``."""
+        if self._image is None:
+            self._image = self._applied(self.gradient)
+        return self._image
 
     def direction(self) -> Tensor:
         if not len(self.pairs):
             return self.steepest()
-        inverse = self.inverse or torch.clone
-        if self.scaled % self.rescale == 0:
-            self.scale = self.pairs.scale(inverse)
-        self.scaled += 1
-        return self.pairs.direction(self.gradient, inverse, self.scale)
+        if not self.pairs.imaged:
+            self.pairs.apply(self.inverse or torch.clone)
+        return self.pairs.direction(self.gradient, self.image, self.pairs.scale)
 
     def steepest(self) -> Tensor:
         """The direction without curvature pairs."""
         if self.inverse is None:
             return self.gradient / -max(1.0, float(self.gradient.norm()))
-        return -self.inverse(self.gradient[None])[0]
+        return -self.image
 
     def steadied(self) -> tuple[Tensor, Tensor]:
         """The affine combination of the last iterates with the least gradient, and that gradient.
@@ -247,8 +279,10 @@ class LBFGS:
     def _accept(self, x: Tensor, value: float, gradient: Tensor) -> bool:
         s, y = x - self.x, gradient - self.gradient
         size, curvature = float(s @ s), float(s @ y)
+        before = self._image
+        self.x, self._here, self._image = x, (value, gradient), None
         if curvature > LEAST_CURVATURE * math.sqrt(size * float(y @ y)):
-            self.pairs.append(s, y)
-        self.x, self._here = x, (value, gradient)
+            # What the next direction needs says what became of y.
+            self.pairs.append(s, y, self._applied(y) if before is None else self.image - before)
         self.recent.append((x, gradient))
         return size > 0 or bool(torch.any(s != 0))
