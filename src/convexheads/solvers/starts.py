@@ -10,7 +10,8 @@ from convexheads.problem import Component, Problem
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.units import canonical, filled
 from convexheads.solvers.warmup import BATCH, adam_epochs, lowered
-from convexheads.subspace import rough_beta_max
+from convexheads.spectral import leading_pairs
+from convexheads.subspace import ROUNDS, BlockSubspace, rough_beta_max
 from convexheads.types import Factors, Units
 
 WARMUP_SAMPLES = 1000
@@ -31,10 +32,15 @@ MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 FEW_UNITS = 24
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
+LEADING = 0.6
+"""Norm, as a share of the one expected at an optimum, that such a unit has along a singular pair, if that is the largest
+one, and less in proportion to the root of the singular value."""
 FIRST_UNITS, FEWER_UNITS, UNITS_POWER = 40, 32, -1 / 3
 """Units of a component to start with elsewhere, over all gates: where epochs come first, no more than so many at
 ``USUAL_RATIO`` and larger shares of beta_max, and in proportion to this power of the share at smaller ones, if there is
 one gate."""
+PAIRS = 6
+"""Singular pairs of a block that an estimate of the gap converges."""
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
@@ -110,7 +116,7 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
     counts = initial_units(problem, max_rank)
     if quick(problem, counts) or all(component.ridge for component in problem.components):
         start = random_factors(problem, counts, generator, problem.dtype)
-        return vector_guess(problem, empty, max_rank) or start
+        return vector_guess(problem, empty, max_rank) or along_pairs(problem, start, generator)
     share = usual_share(problem)
     counts = initial_units(problem, max_rank, round(FEWER_UNITS * min(1.0, share) ** UNITS_POWER))
     start = random_factors(problem, counts, generator, problem.dtype)
@@ -122,6 +128,33 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
         if not saturated:
             break
         counts = [2 * count for count in counts]
+    return start
+
+
+def along_pairs(problem: Problem, start: Factors, generator: torch.Generator) -> Factors:
+    """Random units, to which the leading singular pairs of A_g^* L at the empty head are added, one to each.
+
+    At the optimum units are singular vectors as well. Where Gamma is small only: elsewhere pairs cost iterations.
+    """
+    if not BlockSubspace(problem, generator).exact(PAIRS, ROUNDS):
+        return start
+    L = problem.null_gradient().to(problem.dtype)
+    norm = LEADING * start_scale(problem, start.n_units)
+    found = []
+    for k, (component, units) in enumerate(zip(problem.components, start.units, strict=True)):
+        for gate, gamma in () if component.ridge else problem.gammas(L, k, problem.dtype):
+            own = units.of_block(gate)
+            if len(own):
+                found.append((component, units, own, leading_pairs(gamma, len(own))))
+    largest = max((float(pairs[0][0]) / component.weight for component, _, _, pairs in found), default=0.0)
+    if not largest > 0.0:
+        return start
+    for component, units, own, (sigma, left, right) in found:
+        sizes = norm * (sigma / largest).sqrt() / component.weight
+        assert units.u is not None
+        # -L is the direction of descent.
+        units.u[own] -= (left * sizes).mT.reshape(-1, *units.u.shape[1:])
+        units.v[own] += (right * sizes).mT.reshape(-1, *units.v.shape[1:])
     return start
 
 
