@@ -41,7 +41,8 @@ def _expand(weights: Tensor, outputs: Tensor) -> Tensor:
 
 def _weighted_sum(entries: Tensor, weights: Tensor) -> float:
     """sum_i a_i of the entries (n,) or (n, s), in float64."""
-    return float(entries.double().reshape(len(entries), -1).sum(1) @ weights.double())
+    exact = entries.double()
+    return float((exact if exact.ndim == 1 else exact.flatten(1).sum(1)) @ weights.double())
 
 
 class Loss(ABC):
@@ -146,7 +147,7 @@ class CrossEntropy(Loss):
 
     def value_and_gradient(self, O: Tensor, Y: Tensor, a: Tensor) -> tuple[float, Tensor]:
         log_p = torch.log_softmax(O, -1)
-        value = _weighted_sum(-torch.linalg.vecdot(Y, log_p), a)
+        value = -_weighted_sum(torch.linalg.vecdot(Y, log_p), a)
         return value, log_p.exp_().sub_(Y).mul_(_expand(a, O))
 
     def best_constant(self, mean: Tensor) -> Tensor | None:

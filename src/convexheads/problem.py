@@ -86,8 +86,11 @@ def write_rows(into: Any, index: slice, rows: Tensor) -> None:
 
 def take_rows(source: Any, index: slice | Tensor) -> Tensor:
     """``source[index]``; of a tensor by the kernel that copies whole rows, which is several times faster."""
-    if isinstance(source, Tensor) and isinstance(index, Tensor):
-        return source.index_select(0, index.to(source.device))
+    if isinstance(source, Tensor):
+        if isinstance(index, Tensor):
+            return source.index_select(0, index.to(source.device))
+        if index == slice(0, len(source)):
+            return source
     return source[index]
 
 

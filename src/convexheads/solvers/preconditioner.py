@@ -266,28 +266,28 @@ class Preconditioner:
         return self.cores.give(self._apply_blocks(rest), solved)
 
     def _apply_blocks(self, vectors: Tensor) -> Tensor:
-        found = torch.empty_like(vectors)
-        intercept = None
+        intercept = moved = None
         if self.intercept_inverse is not None:
-            size = len(self.intercept_inverse)
-            intercept, moved = vectors[:, -size:], found[:, -size:]
-            moved.copy_(intercept @ self.intercept_inverse)
+            intercept = vectors[:, -len(self.intercept_inverse) :]
+            moved = intercept @ self.intercept_inverse
             if self.problem.loss.shift_free:
                 # A common shift of the intercept changes nothing: there must be none.
                 intercept = intercept - intercept.mean(1, keepdim=True)
-        start = 0
+        found, start = [], 0
         for u_size, v_blocks, u_blocks in zip(self.u_sizes, self.v_blocks, self.u_blocks, strict=True):
+            middle, end = start + u_size, start + u_size + v_blocks.numbers
             if u_blocks is not None:
-                u_blocks.apply(vectors[:, start : start + u_size], found[:, start : start + u_size])
-            start += u_size
-            part = slice(start, start + v_blocks.numbers)
-            start += v_blocks.numbers
-            shift = v_blocks.apply(vectors[:, part], found[:, part], intercept)
-            if intercept is not None:
+                found.append(u_blocks.apply(vectors[:, start:middle]))
+            own, shift = v_blocks.apply(vectors[:, middle:end], intercept)
+            found.append(own)
+            if moved is not None:
                 moved[:, v_blocks.component.outputs] -= shift
-        if intercept is not None and self.problem.loss.shift_free:
-            moved -= moved.mean(1, keepdim=True)
-        return found
+            start = end
+        if moved is not None:
+            if self.problem.loss.shift_free:
+                moved -= moved.mean(1, keepdim=True)
+            found.append(moved)
+        return torch.cat(found, 1)
 
 
 class HeavyRows:
@@ -400,18 +400,17 @@ class VBlocks:
         self.mean = by_group([basis.matmul for basis in self.bases], self.sizes, mean) if self.centred else None
         del self.bases, self.heavy, self.means, self.squares
 
-    def apply(self, vectors: Tensor, into: Tensor, intercept: Tensor | None) -> Tensor:
-        """Write the inverse times each row of ``vectors`` (r, D c) to ``into``.
+    def apply(self, vectors: Tensor, intercept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inverse times each row of ``vectors`` (r, D c), and how the intercept has to give way to it: (r, c).
 
-        ``intercept`` (r, outputs) is the intercept's part of the same rows. Returns how the intercept has to give
-        way to what was found: (r, c).
+        ``intercept`` (r, outputs) is the intercept's part of the same rows.
         """
         own = vectors.view(len(vectors), -1, self.component.width)
         if self.mean is not None and intercept is not None:
             own = own - self.mean * intercept[:, None, self.component.outputs]
         found = self.inverse(own)
-        into.copy_(found.flatten(1))
-        return found.new_zeros(()) if self.mean is None else (self.mean * found).sum(1)
+        shift = found.new_zeros(()) if self.mean is None else (self.mean * found).sum(1)
+        return found.flatten(1), shift
 
 
 class UBlocks:
@@ -514,15 +513,14 @@ class UBlocks:
             self.inverses.append(KroneckerInverse(left * self.stride, right, damping))
         del self.left, self.right, self.signs
 
-    def apply(self, vectors: Tensor, into: Tensor) -> None:
-        """Write the inverse times each row of ``vectors`` (r, m p) to ``into``."""
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The inverse times each row of ``vectors`` (r, m p)."""
         if self.full:
-            into.copy_(self.inverses[0](vectors[:, :, None])[..., 0])
-            return
+            return self.inverses[0](vectors[:, :, None])[..., 0]
         a, b = self.shape
         count = len(vectors)
+        found = []
         for group, inverse in zip(self.groups, self.inverses, strict=True):
-            part = slice(group.start * a * b, group.stop * a * b)
-            own = vectors[:, part].view(count, -1, a, b).transpose(1, 2).flatten(2)
-            solved = inverse(own).view(count, a, -1, b).transpose(1, 2)
-            into[:, part].view(solved.shape).copy_(solved)
+            own = vectors[:, group.start * a * b : group.stop * a * b].view(count, -1, a, b).transpose(1, 2).flatten(2)
+            found.append(inverse(own).view(count, a, -1, b).transpose(1, 2).flatten(1))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)

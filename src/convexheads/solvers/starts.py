@@ -30,7 +30,7 @@ share of beta_max, times this power of the quotient at others: what is left is n
 for more units, and more are in use at a smaller beta; ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
-FEW_UNITS = 24
+FEW_UNITS = 20
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 LEADING = 0.6
 """Norm, as a share of the one expected at an optimum, that such a unit has along a singular pair, if that is the largest
