@@ -18,7 +18,7 @@ from convexheads.solvers.base import solver_function
 from convexheads.solvers.factored import PAIRS, Factored, Search
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
-from convexheads.solvers.starts import random_factors, resize, second_guess
+from convexheads.solvers.starts import along_pairs, first_guess, random_factors, resize, second_guess
 from convexheads.solvers.units import join_units, placements, principal_units, turned, turned_rows
 from convexheads.subspace import BlockSubspace, beta_max, rough_beta_max
 from convexheads.types import Factors, Units
@@ -593,3 +593,70 @@ def test_units_are_not_dropped_for_more_than_they_are_worth(patience: int, monke
         assert head.certificate_.certified
         assert head.certificate_.relative_gap <= head.tol
         assert head.n_iter_ < 500
+
+
+@pytest.mark.parametrize("case", [Case("self_attention", "linear"), Case("mixer", "gated_relu"), Case("mlp", "linear")])
+def test_units_start_along_the_singular_pairs_of_the_gradient_at_the_empty_head(case: Case) -> None:
+    found = make_setting(case).problem
+    generator = torch.Generator().manual_seed(0)
+    start = random_factors(found, [2] * len(found.components), generator, torch.float64)
+    for units in start.units:
+        for t in units.tensors():
+            t.zero_()
+    after = along_pairs(found, start, generator)
+    L = found.null_gradient()
+    for k, new in enumerate(after.units):
+        assert new.u is not None
+        for gate, gamma in found.gammas(L, k):
+            _, sigma, right = torch.linalg.svd(gamma, full_matrices=False)
+            own = new.of_block(gate)
+            u, v = new.u[own].flatten(1), new.v[own].flatten(1)
+            assert bool((u.norm(dim=1) > 0).all())
+            for j in range(len(own)):
+                # A step of descent: -u v^T is along the singular pair, whatever random parts there are.
+                assert float(u[j] @ gamma @ v[j]) == pytest.approx(-float(sigma[j] * u[j].norm() * v[j].norm()))
+                assert abs(float(v[j] @ right[j])) == pytest.approx(float(v[j].norm()))
+                assert float(u[j].norm()) == pytest.approx(float(v[j].norm()))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.1, 1e-3, 1e-5])
+def test_no_start_is_above_the_empty_head(ratio: float) -> None:
+    found = make_setting(Case("self_attention", "linear")).problem
+    found = found.with_beta(ratio * beta_max(found))
+    assert found.value(first_guess(found, None, torch.Generator().manual_seed(0))) < 1.05 * found.null_loss()
+
+
+def test_no_pairs_where_gamma_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_setting(Case("self_attention", "linear")).problem
+    start = random_factors(found, [3], torch.Generator().manual_seed(0), torch.float64)
+    monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
+    assert torch.equal(along_pairs(found, start.clone(), torch.Generator()).flat(), start.flat())
+    monkeypatch.undo()
+    assert not torch.equal(along_pairs(found, start.clone(), torch.Generator()).flat(), start.flat())
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
+def test_a_proof_is_tried_nearer_to_the_tolerance_where_estimates_are_exact(
+    tol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make_setting(Case("self_attention", "linear")).problem
+    state = solver(found, tol)
+    assert state.slack == 1.0
+    assert 0.94 * tol <= state.target <= 0.987 * tol
+    solution = solver_function("factored")(found, tol=tol)
+    assert solution.converged
+    assert solution.stats["proofs"] == 1
+    monkeypatch.setattr(BlockSubspace, "exact", lambda self, size, rounds: False)
+    assert solver(found, tol).target == pytest.approx(0.94 * tol)
+
+
+@pytest.mark.parametrize("case", [Case("self_attention", "linear"), Case("fno", "gated_relu"), Case("mixer", "relu")])
+def test_solutions_can_be_differentiated(case: Case) -> None:
+    """Iterations run without what derivatives need; what comes out must not."""
+    found = make_setting(case).problem
+    solution = solver_function("factored")(found, tol=1e-2)
+    assert not any(t.is_inference() for t in solution.factors.tensors())
+    u = solution.factors.flat().requires_grad_()
+    u.square().sum().backward()
+    assert u.grad is not None
+    torch.testing.assert_close(u.grad, 2 * solution.factors.flat())

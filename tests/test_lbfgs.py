@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def quadratic(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def minimiser(A: Tensor, b: Tensor, memory: int) -> LBFGS:
-    return LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, memory, rescale=1)
+    return LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, memory)
 
 
 def two_loops(pairs: list[tuple[Tensor, Tensor]], gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -33,8 +35,8 @@ def two_loops(pairs: list[tuple[Tensor, Tensor]], gradient: Tensor, inverse: Ten
     for s, y in reversed(pairs):
         alphas.append(float(s @ q) / float(s @ y))
         q -= alphas[-1] * y
-    s, y = pairs[-1]
-    r = inverse @ q * float(s @ y) / float(y @ inverse @ y)
+    quotients = [float(s @ y) / float(y @ inverse @ y) for s, y in pairs[-5:]]
+    r = inverse @ q * math.prod(quotients) ** (1 / len(quotients))
     for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
         r += s * (alpha - float(y @ r) / float(s @ y))
     return -r
@@ -87,35 +89,52 @@ def test_pairs_under_a_rotation_give_the_rotated_direction() -> None:
     Q = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).Q
     turned = optimiser.pairs.mapped(lambda vectors: vectors @ Q.mT)
     assert len(turned) == len(optimiser.pairs)
+    assert not turned.imaged
+    turned.apply(torch.clone)
     g = optimiser.gradient
-    scale = optimiser.pairs.scale(torch.clone)
-    assert turned.scale(torch.clone) == pytest.approx(scale, rel=1e-9)
-    expected = Q @ optimiser.pairs.direction(g, torch.clone, scale)
-    torch.testing.assert_close(turned.direction(Q @ g, torch.clone, scale), expected, rtol=1e-9, atol=1e-12)
+    scale = optimiser.pairs.scale
+    assert turned.scale == pytest.approx(scale, rel=1e-9)
+    expected = Q @ optimiser.pairs.direction(g, g, scale)
+    torch.testing.assert_close(turned.direction(Q @ g, Q @ g, scale), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_scale_is_taken_from_every_few_pairs() -> None:
-    """It costs as much as applying the preconditioner, so that the count of applications tells."""
+@pytest.mark.parametrize("images", [1, 30, 2**20])
+def test_another_preconditioner_gives_the_direction_of_the_two_loops(images: int) -> None:
+    A, b = quadratic(12, 5)
+    optimiser = LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, 6, images)
+    for step in range(12):
+        if step in (0, 4, 9):
+            inverse = torch.diag(1.0 / A.diagonal() ** (1 + step))
+            optimiser.set_inverse(lambda vectors, inverse=inverse: vectors @ inverse)  # type: ignore[misc]
+        assert optimiser.step()
+        expected = two_loops(list(optimiser.pairs), optimiser.gradient, inverse)
+        torch.testing.assert_close(optimiser.direction(), expected, rtol=1e-7, atol=1e-10 * float(expected.norm()))
+
+
+def test_a_step_applies_the_preconditioner_once() -> None:
     A, b = quadratic(12, 5)
     applied = 0
 
     def inverse(vectors: Tensor) -> Tensor:
         nonlocal applied
-        applied += 1
+        applied += len(vectors)
         return vectors / A.diagonal()
 
-    optimiser = LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15, rescale=4)
+    optimiser = LBFGS(lambda x: (float(0.5 * x @ A @ x - b @ x), A @ x - b), torch.zeros_like(b), 1e-15)
     optimiser.set_inverse(inverse)
-    assert optimiser.step()  # without pairs: the preconditioner itself
-    applied = 0
     for _ in range(8):
-        optimiser.direction()
-    assert applied == 8 + 2
-    # Another preconditioner has another scale.
+        assert optimiser.step()
+    # Once at the start, once at every iterate: the image of y is the difference of two gradients' images.
+    assert applied == 9
+    # Another one is applied to the gradient and to every y.
     optimiser.set_inverse(inverse)
-    applied = 0
     optimiser.direction()
-    assert applied == 2
+    assert applied == 9 + 1 + 8
+    # Who takes over knows the images.
+    other = LBFGS(optimiser.evaluate, optimiser.x, 1e-15)
+    other.inherit(optimiser)
+    torch.testing.assert_close(other.direction(), optimiser.direction())
+    assert applied == 9 + 1 + 8 + 1
 
 
 def test_pairs_without_curvature_are_dropped_by_a_map() -> None:
@@ -124,7 +143,7 @@ def test_pairs_without_curvature_are_dropped_by_a_map() -> None:
     for k in range(3):
         unit = torch.zeros(4, dtype=torch.float64)
         unit[k] = 1.0
-        pairs.append(unit, 2.0 * unit)
+        pairs.append(unit, 2.0 * unit, 2.0 * unit)
     # The first coordinate is dropped, and the pair that moves nothing else with it.
     kept = pairs.mapped(lambda vectors: vectors[:, 1:])
     assert len(kept) == 2
@@ -134,7 +153,7 @@ def test_pairs_without_curvature_are_dropped_by_a_map() -> None:
 def test_the_oldest_pair_goes() -> None:
     pairs = CurvaturePairs(torch.zeros(1), 3)
     for k in range(1, 6):
-        pairs.append(torch.tensor([float(k)]), torch.tensor([1.0]))
+        pairs.append(torch.tensor([float(k)]), torch.ones(1), torch.ones(1))
     assert [float(s) for s, _ in pairs] == [3.0, 4.0, 5.0]
     pairs.clear()
     assert len(pairs) == 0

@@ -20,6 +20,8 @@ DENSE_WORK = 2e10
 """Floating-point operations up to which beta_max forms every Gamma in float64, to full accuracy."""
 ROUNDS = 12
 """Rounds that a search takes at most as a rule."""
+PAIRS = 6
+"""Singular pairs of a block that an estimate of the gap converges."""
 DENSE_SIZE = 256
 """Largest min(p, q) for which all singular values of Gamma are cheaper than a search."""
 IN_USE = 3e-4

@@ -103,7 +103,8 @@ class Factors:
 
     def clone(self) -> Factors:
         """A copy that shares no memory with this one."""
-        return Factors([each.clone() for each in self.units], None if self.intercept is None else self.intercept.clone())
+        intercept = None if self.intercept is None else self.intercept.clone()
+        return Factors([each.clone() for each in self.units], intercept)
 
     @property
     def n_units(self) -> int:

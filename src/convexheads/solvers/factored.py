@@ -31,7 +31,7 @@ from convexheads.problem import Problem
 from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.differences import Differences, fits
-from convexheads.solvers.lbfgs import LBFGS, MEMORY
+from convexheads.solvers.lbfgs import IMAGES, LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.span import Span, span_work, with_coupled
 from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
@@ -48,7 +48,7 @@ from convexheads.solvers.units import (
     unit_sizes,
 )
 from convexheads.solvers.warmup import lowered
-from convexheads.subspace import ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
+from convexheads.subspace import PAIRS, ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
 REBUILD = 30
@@ -136,8 +136,6 @@ IDLE = 1e-2
 COLLAPSED = 1e-9
 """Share of the largest unit below which a unit is out of use."""
 LARGEST_GROWTH = 96
-PAIRS = 6
-"""Singular pairs of a block that an estimate converges."""
 
 
 def largest_product(problem: Problem) -> float:
@@ -511,7 +509,8 @@ class Factored:
         if known is not None:
             known.release()
         x = factors.flat()
-        return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x)), factors
+        images = IMAGES if self.problem.budget.roomy else len(x)
+        return LBFGS(evaluate, x, noise, curvature_pairs(self.problem, x), images), factors
 
     def report(self, objective: float, gap: float, factors: Factors) -> None:
         seconds, rank = time.perf_counter() - self.start, factors.n_units

@@ -24,8 +24,10 @@ Evaluate = Callable[[Tensor], tuple[float, Tensor]]
 MEMORY = 24
 LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
-IMAGES = 2**20
-"""Numbers of the vectors that the initial inverse Hessian is applied to at once."""
+IMAGES = 2**22
+"""Numbers of the vectors that an initial inverse Hessian is applied to at once."""
+SCALED, TINY = 5, 1e-300
+"""Newest pairs that the scale of the initial inverse Hessian is taken from."""
 STEADY = 4
 """Last iterates that are combined to the one of least gradient."""
 
@@ -111,21 +113,23 @@ class CurvaturePairs:
         found.imaged = False
         return found
 
-    def apply(self, inverse: Apply) -> None:
-        """Take the images of another H0."""
+    def apply(self, inverse: Apply, numbers: int = IMAGES) -> None:
+        """Take the images of another H0, which is applied to vectors of so many ``numbers`` at once."""
         self.imaged = True
         held = len(self.order)
-        for rows in self.Y[:held].split(max(1, IMAGES // self.Y.shape[1])):
-            start = rows.storage_offset() // self.Y.shape[1]
-            self.moves[start : start + len(rows), 1] = inverse(rows)
+        step = max(1, numbers // self.Y.shape[1])
+        for start in range(0, held, step):
+            rows = slice(start, min(start + step, held))
+            self.moves[rows, 1] = inverse(self.Y[rows])
         inner = self.moves[:held, 1] @ self.Y[:held].mT
         self.inner[:held, :held] = (0.5 * (inner + inner.mT)).double().cpu().numpy()[np.ix_(self.order, self.order)]
 
     @property
     def scale(self) -> float:
-        """s'y / y'H0 y of the newest pair: how much too small H0 is there."""
-        last = len(self.order) - 1
-        return float(self.products[last, last]) / max(float(self.inner[last, last]), 1e-300)
+        """s'y / y'H0 y, how much too small H0 is: the geometric mean of the newest pairs, as single ones jump."""
+        recent = slice(max(0, len(self.order) - SCALED), len(self.order))
+        curved, guessed = self.products.diagonal()[recent], self.inner.diagonal()[recent]
+        return float(np.exp(np.mean(np.log(curved / np.maximum(guessed, TINY)))))
 
     def direction(self, gradient: Tensor, image: Tensor, scale: float) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from ``scale`` H0; ``image`` is H0 times the gradient."""
@@ -150,15 +154,17 @@ class LBFGS:
     x : start.
     noise : relative error of a value; increases below it are accepted.
     memory : curvature pairs that are kept.
+    images : numbers of the vectors that a new initial inverse Hessian is applied to at once.
     """
 
-    def __init__(self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY) -> None:
+    def __init__(self, evaluate: Evaluate, x: Tensor, noise: float, memory: int = MEMORY, images: int = IMAGES) -> None:
         self.evaluate, self.x, self.noise = evaluate, x, noise
         self.n_evaluations = 0
         self._here: tuple[float, Tensor] | None = None
         self.pairs = CurvaturePairs(x, memory)
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=STEADY)
         self.inverse: Apply | None = None
+        self.images = images
         self._image: Tensor | None = None
 
     def _evaluated(self) -> tuple[float, Tensor]:
@@ -181,7 +187,7 @@ class LBFGS:
 
     def set_inverse(self, inverse: Apply) -> None:
         """Use another initial inverse Hessian; curvature pairs are kept."""
-        self.inverse, self._image, self.pairs.imaged = inverse, None, False
+        self.inverse, self._image, self.pairs.imaged = inverse, None, not len(self.pairs)
 
     def inherit(self, other: LBFGS) -> None:
         """Know what another optimiser of the same variables knows of their curvature."""
@@ -201,7 +207,7 @@ class LBFGS:
         if not len(self.pairs):
             return self.steepest()
         if not self.pairs.imaged:
-            self.pairs.apply(self.inverse or torch.clone)
+            self.pairs.apply(self.inverse or torch.clone, self.images)
         return self.pairs.direction(self.gradient, self.image, self.pairs.scale)
 
     def steepest(self) -> Tensor:

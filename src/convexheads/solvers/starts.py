@@ -11,7 +11,7 @@ from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.units import canonical, filled
 from convexheads.solvers.warmup import BATCH, adam_epochs, lowered
 from convexheads.spectral import leading_pairs
-from convexheads.subspace import ROUNDS, BlockSubspace, rough_beta_max
+from convexheads.subspace import PAIRS, ROUNDS, BlockSubspace, rough_beta_max
 from convexheads.types import Factors, Units
 
 WARMUP_SAMPLES = 1000
@@ -33,14 +33,12 @@ MOST_STAGES = 3
 FEW_UNITS = 20
 """Units of a component that a solve without epochs of Adam starts with, or all there can be."""
 LEADING = 0.6
-"""Norm, as a share of the one expected at an optimum, that such a unit has along a singular pair, if that is the largest
-one, and less in proportion to the root of the singular value."""
+"""Norm that such a unit has along the leading singular pair, as a share of the one expected at an optimum, and less
+along others, in proportion to the root of the singular value."""
 FIRST_UNITS, FEWER_UNITS, UNITS_POWER = 40, 32, -1 / 3
 """Units of a component to start with elsewhere, over all gates: where epochs come first, no more than so many at
 ``USUAL_RATIO`` and larger shares of beta_max, and in proportion to this power of the share at smaller ones, if there is
 one gate."""
-PAIRS = 6
-"""Singular pairs of a block that an estimate of the gap converges."""
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
 SPARE = 0.01
@@ -134,28 +132,52 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
 def along_pairs(problem: Problem, start: Factors, generator: torch.Generator) -> Factors:
     """Random units, to which the leading singular pairs of A_g^* L at the empty head are added, one to each.
 
-    At the optimum units are singular vectors as well. Where Gamma is small only: elsewhere pairs cost iterations.
+    At the optimum units are singular vectors as well. Where beta says little about their size, because the loss falls
+    near zero, they get no larger than a quadratic model of the objective allows them together, and random parts no
+    larger in proportion. Where Gamma is small only: elsewhere pairs cost iterations.
     """
     if not BlockSubspace(problem, generator).exact(PAIRS, ROUNDS):
         return start
-    L = problem.null_gradient().to(problem.dtype)
-    norm = LEADING * start_scale(problem, start.n_units)
-    found = []
-    for k, (component, units) in enumerate(zip(problem.components, start.units, strict=True)):
-        for gate, gamma in () if component.ridge else problem.gammas(L, k, problem.dtype):
+    L = problem.null_gradient()
+    leading = Factors(start.like(torch.zeros_like(start.flat())).units)
+    largest = 0.0
+    for k, (component, units) in enumerate(zip(problem.components, leading.units, strict=True)):
+        for gate, gamma in () if component.ridge else problem.gammas(L.to(problem.dtype), k, problem.dtype):
             own = units.of_block(gate)
-            if len(own):
-                found.append((component, units, own, leading_pairs(gamma, len(own))))
-    largest = max((float(pairs[0][0]) / component.weight for component, _, _, pairs in found), default=0.0)
+            if not len(own):
+                continue
+            sigma, left, right = leading_pairs(gamma, len(own))
+            sizes = sigma.sqrt() / component.weight
+            largest = max(largest, float(sigma[0]) / component.weight)
+            assert units.u is not None
+            # -L is the direction of descent.
+            units.u[own] = -(left * sizes).mT.reshape(-1, *units.u.shape[1:])
+            units.v[own] = (right * sizes).mT.reshape(-1, *units.v.shape[1:])
     if not largest > 0.0:
         return start
-    for component, units, own, (sigma, left, right) in found:
-        sizes = norm * (sigma / largest).sqrt() / component.weight
-        assert units.u is not None
-        # -L is the direction of descent.
-        units.u[own] -= (left * sizes).mT.reshape(-1, *units.u.shape[1:])
-        units.v[own] += (right * sizes).mT.reshape(-1, *units.v.shape[1:])
+    norm = LEADING * start_scale(problem, start.n_units) / math.sqrt(largest)
+    root = math.sqrt(best_share(problem, leading, norm * norm))
+    if not root > 0.0:
+        return start
+    for units, pairs in zip(start.units, leading.units, strict=True):
+        for into, part in zip(units.tensors(), pairs.tensors(), strict=True):
+            into.mul_(root).add_(part, alpha=norm * root)
     return start
+
+
+def best_share(problem: Problem, factors: Factors, scale: float) -> float:
+    """The t in [0, 1] that minimises a quadratic model of the objective at the blocks t ``scale`` Z of ``factors``.
+
+    The model is that of the loss at the empty head.
+    """
+    O, _ = problem.null_outputs()
+    targets, weights = problem.targets_of(slice(0, problem.n), O.dtype)
+    moved = scale * problem.forward(factors).to(O.dtype)
+    slope = float((problem.null_gradient() * moved).sum())
+    curvature = float((problem.loss.hessian_product(O, targets, weights, moved) * moved).sum())
+    slope, curvature = problem.world.total(slope), problem.world.total(curvature)
+    descent = -slope - scale * problem.weight_decay(factors)
+    return min(1.0, max(0.0, descent / curvature)) if curvature > 0.0 else 0.0
 
 
 def usual_share(problem: Problem) -> float:
