@@ -265,6 +265,44 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     assert limited["seconds"] <= 2.0 * free["seconds"]
 
 
+FIRST_FIT = """
+import sys
+import numpy as np
+from convexheads import ConvexHeadClassifier, memory
+from convexheads.errors import InputError
+
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(2000, 4, 28)).astype(np.float32), np.arange(2000) % 80
+before = memory.resident_memory()
+head = ConvexHeadClassifier("self_attention", memory_limit=sys.argv[1], beta_ratio=0.5, tol=0.02)
+try:
+    head.fit(X, y)
+    print("added", memory.peak_memory() - before)
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(memory.resident_memory() is None, reason="the system does not tell the memory of a process")
+def test_the_least_limit_is_kept_by_the_first_fit_of_a_process() -> None:
+    """Where blocks are large it loads more code of libraries than the outputs and blocks of a small limit leave."""
+
+    def run(limit: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", FIRST_FIT, limit]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # Outputs of 2,000 x 80, and Gamma of 784 x 2,240 with its Gram matrix and factor.
+    fixed = 64 * 2000 * 80 + 8 * (3 * 784 * 2240 + 2 * 784**2)
+    least = memory.least_limit(fixed)
+    assert "memory_limit: got" in run(str(least - 1))
+    words = run(str(least)).split()
+    assert words[0] == "added"
+    # How many pages of libraries are read differs from run to run.
+    assert int(words[1]) <= 1.05 * least
+
+
 def test_shares_of_an_accelerator() -> None:
     """Half of what is free for statistics, and chunks that are larger than a processor's, if there is room."""
     cpu = memory.Budget()

@@ -499,7 +499,7 @@ def check_memory(problem: Problem) -> None:
     limit = problem.budget.limit
     if limit is None:
         return
-    needed = memory.LIBRARIES + problem.fixed_bytes
+    needed = memory.least_limit(problem.fixed_bytes)
     if needed > limit:
         largest = max(((c.p, c.q) for c in problem.components if not c.ridge), default=(0, 0))
         raise InputError(

@@ -37,6 +37,8 @@ LIBRARIES = 8 * 10**6
 """Bytes of code, tables and buffers of the libraries that a fit loads on its way, about ..."""
 SMALLEST = 2 * LIBRARIES
 """... those below which a limit is refused ..."""
+LARGE_LIBRARIES = 96 * 10**6
+"""Bytes of their code and buffers for large blocks, at most; for smaller ones no more than the blocks themselves."""
 KERNELS = 400 * 10**6
 """Bytes of the code and buffers that oneDNN keeps for the shapes of all products of one fit, about, ..."""
 ROOMY = 10**9
@@ -270,6 +272,11 @@ class Budget:
 def _overhead(limit: int) -> int:
     """Bytes of a limit that libraries take."""
     return LIBRARIES + (KERNELS if limit >= ROOMY else 0)
+
+
+def least_limit(fixed: int) -> int:
+    """The least limit that a computation keeps to which holds ``fixed`` bytes that no chunk makes smaller."""
+    return LIBRARIES + fixed + min(LARGE_LIBRARIES, fixed)
 
 
 _CURRENT: ContextVar[Budget] = ContextVar("budget", default=Budget())  # noqa: B039 - frozen
