@@ -331,7 +331,8 @@ class _ConvexHeadEstimator(BaseEstimator):
         self.loss_ = loss
         self.beta_ = problem.beta
         self.certificate_ = solution.certificate
-        self.n_iter_ = solution.n_iter
+        # A start that is found to be optimal counts, too: scikit-learn asks for at least one.
+        self.n_iter_ = max(1, solution.n_iter)
         self.history_ = solution.history.as_dict()
         self.message_ = solution.message
         self.runs_ = solution.stats.get("runs", [])
@@ -673,7 +674,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHeadEstimator):
     beta_, beta_max_ : the weight decay used, and the smallest one with an empty head.
     classes_, n_features_in_, n_tokens_in_ : c class labels, d and s.
     intercept_ : (c,) or None.
-    n_iter_, history_ : iterations, and objective, gap, seconds and rank at every check.
+    n_iter_, history_ : iterations (at least 1), and objective, gap, seconds and rank at every check.
     blocks_, rank_ : canonical heads, and their number.
     runs_ : with ``adamw`` and ``lbfgs``, one dict a trained network: learning rate, seed, objective, gaps, seconds and
         history; not saved.

@@ -95,7 +95,7 @@ class CurvaturePairs:
     def _along(self, vector: Tensor) -> np.ndarray:
         """Products of s and of H0 y with a vector, (pairs, 2), those of the oldest pair first, in float64."""
         found = self.moves[: len(self.order)].flatten(0, 1) @ vector
-        return found.double().cpu().numpy().reshape(-1, 2)[self.order]
+        return found.cpu().double().numpy().reshape(-1, 2)[self.order]
 
     def mapped(self, transform: Apply) -> CurvaturePairs:
         """The pairs under a linear map of the variables that keeps inner products of gradients and steps.
@@ -109,7 +109,7 @@ class CurvaturePairs:
         found.moves = torch.stack([S, torch.zeros_like(S)], 1)
         held = len(S)
         found.order = list(range(held))
-        found.products[:held, :held] = (S @ found.Y.mT).double().cpu().numpy()
+        found.products[:held, :held] = (S @ found.Y.mT).cpu().double().numpy()
         found.imaged = False
         return found
 
@@ -122,7 +122,7 @@ class CurvaturePairs:
             rows = slice(start, min(start + step, held))
             self.moves[rows, 1] = inverse(self.Y[rows])
         inner = self.moves[:held, 1] @ self.Y[:held].mT
-        self.inner[:held, :held] = (0.5 * (inner + inner.mT)).double().cpu().numpy()[np.ix_(self.order, self.order)]
+        self.inner[:held, :held] = (0.5 * (inner + inner.mT)).cpu().double().numpy()[np.ix_(self.order, self.order)]
 
     @property
     def scale(self) -> float:
