@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from contract_cases import Case, cases, make_setting, random_units
+from convexheads import memory
 from convexheads.distributed import ALONE
 from convexheads.problem import Problem
 from convexheads.solvers import preconditioner as module
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
-from convexheads.solvers.preconditioner import HeavyRows, Preconditioner
+from convexheads.solvers.preconditioner import LEAST_COUNTED, HeavyRows, Preconditioner
 from convexheads.types import Factors, Units
 
 CASES = list(cases())
@@ -187,3 +188,23 @@ def test_heavy_rows_of_two_workers_are_those_of_one() -> None:
     roots = [HeavyRows(half, count, HalfWorld(rank, halves, count)).root for rank, half in enumerate(halves)]  # type: ignore[arg-type]
     assert bool(((roots[0] == 0) | (roots[1] == 0)).all())
     torch.testing.assert_close(sum(roots), HeavyRows(curvature, count, ALONE).root)
+
+
+def test_few_units_take_no_larger_chunks_than_many_where_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of what is kept of the samples take most of a chunk then."""
+    problem = make_setting(Case("self_attention", n=40)).problem
+    problem.budget = memory.Budget.of(10**8)
+    factors = random_units(problem)
+    (units,) = factors.units
+    assert units.u is not None
+    alone = Factors([Units(units.u[:1], units.v[:1])], factors.intercept)
+    asked: list[int] = []
+    own = Problem.pass_rows
+
+    def watched(self: Problem, dtype: torch.dtype, n_units: int, cached: bool = True) -> int:
+        asked.append(n_units)
+        return own(self, dtype, n_units, cached)
+
+    monkeypatch.setattr(Problem, "pass_rows", watched)
+    preconditioner(problem, alone)
+    assert asked[0] == 2 * LEAST_COUNTED

@@ -85,7 +85,10 @@ def write_rows(into: Any, index: slice, rows: Tensor) -> None:
 
 
 def take_rows(source: Any, index: slice | Tensor) -> Tensor:
-    """``source[index]``; of a tensor by the kernel that copies whole rows, which is several times faster."""
+    """``source[index]``: a tensor itself where that is all of it, else by the kernel that copies whole rows.
+
+    For rows by number it is several times faster.
+    """
     if isinstance(source, Tensor):
         if isinstance(index, Tensor):
             return source.index_select(0, index.to(source.device))

@@ -148,7 +148,7 @@ def largest_product(problem: Problem) -> float:
 def curvature_pairs(problem: Problem, x: Tensor) -> int:
     """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
     limit = problem.budget.limit
-    return MEMORY if limit is None else max(4, min(MEMORY, limit // (32 * x.numel() * x.element_size())))
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (48 * x.numel() * x.element_size())))
 
 
 def known_fall(values: list[float]) -> float:

@@ -46,6 +46,8 @@ CHEAP_WORK = 5 * 10**9
 """... and more where moments of the features take no more multiplications than this ..."""
 MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""
+LEAST_COUNTED = 16
+"""Units that a chunk has room for at least where memory is limited, however few there are."""
 FEW_ROWS = 1000
 """Rows of features below which all outputs have the mean moment: with so few an iteration is all overhead."""
 HEAVY = 64
@@ -159,9 +161,9 @@ class Preconditioner:
         outside: dict[tuple[int, int | None], OutsidePairs] | None,
         gap: float,
     ) -> None:
-        # Beside the features there are weighted copies of them.
-        copies = 1 if problem.budget.roomy else 2
-        step = problem.pass_rows(dtype, copies * max(1, factors.n_units))
+        # Beside the features there are weighted copies of them, and copies of statistics beside those of few units.
+        counted = factors.n_units if problem.budget.roomy else 2 * max(LEAST_COUNTED, factors.n_units)
+        step = problem.pass_rows(dtype, max(1, counted))
         centred = factors.intercept is not None
         self.v_blocks = [VBlocks(problem, k, units, centred) for k, units in enumerate(factors.units)]
         self.u_blocks = [
