@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from convexheads.problem import Component, Problem
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
@@ -108,13 +109,14 @@ def random_factors(problem: Problem, counts: list[int], generator: torch.Generat
 def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generator) -> Factors:
     """Random units, brought near the optimum by epochs of Adam where there are many samples."""
     empty = random_factors(problem, [0] * len(problem.components), generator, problem.dtype)
-    if not bool(problem.null_gradient().any()):
+    L = problem.null_gradient()
+    if not bool(L.any()):
         # Constant targets: the empty head is exact, and what units would start with only has to shrink.
         return empty
     counts = initial_units(problem, max_rank)
     if quick(problem, counts) or all(component.ridge for component in problem.components):
         start = random_factors(problem, counts, generator, problem.dtype)
-        return vector_guess(problem, empty, max_rank) or along_pairs(problem, start, generator)
+        return vector_guess(problem, empty, max_rank) or along_pairs(problem, start, L)
     share = usual_share(problem)
     counts = initial_units(problem, max_rank, round(FEWER_UNITS * min(1.0, share) ** UNITS_POWER))
     start = random_factors(problem, counts, generator, problem.dtype)
@@ -129,20 +131,20 @@ def first_guess(problem: Problem, max_rank: int | None, generator: torch.Generat
     return start
 
 
-def along_pairs(problem: Problem, start: Factors, generator: torch.Generator) -> Factors:
-    """Random units, to which the leading singular pairs of A_g^* L at the empty head are added, one to each.
+def along_pairs(problem: Problem, start: Factors, L: Tensor) -> Factors:
+    """Random units, to which the leading singular pairs of A_g^* L are added, one to each; L as of the empty head.
 
     At the optimum units are singular vectors as well. Where beta says little about their size, because the loss falls
     near zero, they get no larger than a quadratic model of the objective allows them together, and random parts no
     larger in proportion. Where Gamma is small only: elsewhere pairs cost iterations.
     """
-    if not BlockSubspace(problem, generator).exact(PAIRS, ROUNDS):
+    if not BlockSubspace(problem, torch.Generator()).exact(PAIRS, ROUNDS):
         return start
-    L = problem.null_gradient()
+    rounded = L.to(problem.dtype)
     leading = Factors(start.like(torch.zeros_like(start.flat())).units)
     largest = 0.0
     for k, (component, units) in enumerate(zip(problem.components, leading.units, strict=True)):
-        for gate, gamma in () if component.ridge else problem.gammas(L.to(problem.dtype), k, problem.dtype):
+        for gate, gamma in () if component.ridge else problem.gammas(rounded, k, problem.dtype):
             own = units.of_block(gate)
             if not len(own):
                 continue
@@ -156,7 +158,7 @@ def along_pairs(problem: Problem, start: Factors, generator: torch.Generator) ->
     if not largest > 0.0:
         return start
     norm = LEADING * start_scale(problem, start.n_units) / math.sqrt(largest)
-    root = math.sqrt(best_share(problem, leading, norm * norm))
+    root = math.sqrt(best_share(problem, leading, norm * norm, L))
     if not root > 0.0:
         return start
     for units, pairs in zip(start.units, leading.units, strict=True):
@@ -165,15 +167,15 @@ def along_pairs(problem: Problem, start: Factors, generator: torch.Generator) ->
     return start
 
 
-def best_share(problem: Problem, factors: Factors, scale: float) -> float:
+def best_share(problem: Problem, factors: Factors, scale: float, L: Tensor) -> float:
     """The t in [0, 1] that minimises a quadratic model of the objective at the blocks t ``scale`` Z of ``factors``.
 
-    The model is that of the loss at the empty head.
+    The model is that of the loss at the empty head, where its gradient is L.
     """
     O, _ = problem.null_outputs()
     targets, weights = problem.targets_of(slice(0, problem.n), O.dtype)
     moved = scale * problem.forward(factors).to(O.dtype)
-    slope = float((problem.null_gradient() * moved).sum())
+    slope = float((L * moved).sum())
     curvature = float((problem.loss.hessian_product(O, targets, weights, moved) * moved).sum())
     slope, curvature = problem.world.total(slope), problem.world.total(curvature)
     descent = -slope - scale * problem.weight_decay(factors)

@@ -289,12 +289,11 @@ def train_lbfgs(
         values.append(optimiser.value)
         if watch is not None and watch(iteration, shapes.like(optimiser.x)):
             return shapes.like(optimiser.x), iteration, "the relative gap reached tol"
-        if failures > 1:
-            return shapes.like(optimiser.steadied()[0]), iteration, "no further decrease could be found"
         still = len(values) > WINDOW and values[-1 - WINDOW] - values[-1] <= LEAST_DECREASE * abs(values[-1])
-        if still:
+        if failures > 1 or still:
+            message = "no further decrease could be found" if failures > 1 else "the objective stands still"
             # Of the last iterates, between which the objective no longer decides, the combination of least gradient.
-            return shapes.like(optimiser.steadied()[0]), iteration, "the objective stands still"
+            return shapes.like(optimiser.steadied()[0]), iteration, message
     return shapes.like(optimiser.x), max_iter, f"max_iter = {max_iter} was reached"
 
 
