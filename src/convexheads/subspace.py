@@ -22,6 +22,8 @@ ROUNDS = 12
 """Rounds that a search takes at most as a rule."""
 PAIRS = 6
 """Singular pairs of a block that an estimate of the gap converges."""
+KNOWN_PAIRS = 16
+"""The same where all singular values are found at once."""
 DENSE_SIZE = 256
 """Largest min(p, q) for which all singular values of Gamma are cheaper than a search."""
 IN_USE = 3e-4
@@ -157,7 +159,7 @@ class BlockSubspace:
                     ridge += float(gamma.double().square().sum()) / (2 * bound)
                     continue
                 if min(gamma.shape) <= DENSE_SIZE:
-                    sigma, left, right = leading_pairs(gamma, min(size, *gamma.shape))
+                    sigma, left, right = leading_pairs(gamma, min(max(size, KNOWN_PAIRS), *gamma.shape))
                     leading = enumerate(sigma.tolist())
                     pairs += [SingularPair(k, g, s, left[:, i], right[:, i]) for i, s in leading if s > bound]
                 else:

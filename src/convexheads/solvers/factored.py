@@ -30,6 +30,7 @@ from convexheads.memory import keeping_pages
 from convexheads.problem import Problem
 from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
+from convexheads.solvers.correction import corrected
 from convexheads.solvers.differences import Differences, fits
 from convexheads.solvers.lbfgs import IMAGES, LBFGS, MEMORY
 from convexheads.solvers.preconditioner import Preconditioner
@@ -109,6 +110,11 @@ POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
 """... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
+LEFT, ONE_LEFT = 0.18, 0.3
+"""Share of the gap that is left by corrections along the singular pairs above beta, before it is known; the second one
+where all pairs there are seen at once, so that one correction does what it can do; ..."""
+CORRECTIONS, STEP_LEFT = 3, 0.5
+"""... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
 SPARED = (0.1, 0.02)
 """Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""
 ROOM = 0.75
@@ -159,6 +165,13 @@ def known_fall(values: list[float]) -> float:
 def recent_fall(values: list[float]) -> float:
     """The decrease of the objective in the last ten iterations; infinite after fewer."""
     return known_fall(values) if len(values) > 10 else math.inf
+
+
+def at_most(count: int, pairs: list[SingularPair]) -> list[SingularPair]:
+    """The pairs of every block with the largest singular values, in descending order."""
+    pairs = sorted(pairs, key=lambda pair: -pair.sigma)
+    blocks = [(pair.component, pair.gate) for pair in pairs]
+    return [pair for i, pair in enumerate(pairs) if blocks[:i].count(blocks[i]) < count]
 
 
 @dataclass
@@ -274,6 +287,8 @@ class Factored:
         exact = self.subspace.exact(PAIRS, ROUNDS)
         self.target = max(TARGET * tol, EXACT_TARGET * tol - EXACT_NOISE) if exact else TARGET * tol
         self.slack = 1.0 if exact else SLACK
+        # The share of the gap that corrections leave.
+        self.left = ONE_LEFT if exact else LEFT
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
@@ -393,6 +408,33 @@ class Factored:
         outside = with_coupled(problem, L, factors, outside, POLISH_COUPLED, self.low)
         span = Span(problem, seen.refitted.to(L.dtype), seen.outputs, outside, self.low, self.generator)
         return optimiser.jump(span.solve(target, optimiser.noise).flat())
+
+    def correctable(self, target: float) -> float:
+        """The largest relative gap from which corrections are likely to come to ``target``; zero without them."""
+        return 0.0 if self.ridge_only else target / self.left
+
+    def correct(self, seen: Look, target: float) -> Look | None:
+        """A look at factors of a gap of at most ``target``, found by Newton steps along the pairs above beta.
+
+        None where none were found: iterations know nothing of those that were tried.
+        """
+        gap = first = seen.bound.relative_gap
+        if not target < first <= self.correctable(target):
+            return None
+        for remaining in reversed(range(CORRECTIONS)):
+            if not seen.pairs:
+                break
+            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs)
+            if self.max_rank is not None:
+                factors = largest(factors, self.max_rank)
+            seen = self.look(factors.to(self.problem.dtype), STEP_LEFT * gap)
+            if seen.bound.relative_gap <= target:
+                return seen
+            gap = min(gap, seen.bound.relative_gap)
+            if seen.bound.relative_gap * STEP_LEFT**remaining > target:
+                break
+        self.left = gap / first
+        return None
 
     # Units ------------------------------------------------------------------------------------------------
 
@@ -576,24 +618,35 @@ class Factored:
                     bound = seen.bound
                 assert bound is not None
                 self.report(bound.primal, bound.relative_gap, current)
-                while seen is not None and self.polish(optimiser, current, seen, schedule.target):
+                better: Look | None = None
+                while seen is not None:
+                    better = self.correct(seen, schedule.target)
+                    if better is not None:
+                        self.report(better.bound.primal, better.bound.relative_gap, better.refitted)
+                        break
+                    if not self.polish(optimiser, current, seen, schedule.target):
+                        break
                     current, gradient = shapes.like(optimiser.x), optimiser.gradient
                     seen = self.close_look(current)
                     bound = seen.bound
                     self.report(bound.primal, bound.relative_gap, current)
-                if bound.relative_gap <= schedule.target:
-                    slim, bound = self.slim(current, bound, schedule.target, seen is None or seen.sure)
-                    if bound.relative_gap <= self.slack * schedule.target:
-                        solution = self.finish(slim, bound, "the relative gap reached tol")
+                closed = bound if better is None else better.bound
+                if closed.relative_gap <= schedule.target:
+                    found, looked = (current, seen) if better is None else (better.refitted, better)
+                    slim, closed = self.slim(found, closed, schedule.target, looked is None or looked.sure)
+                    if closed.relative_gap <= self.slack * schedule.target:
+                        solution = self.finish(slim, closed, "the relative gap reached tol")
                         if solution.converged:
                             return solution
-                        schedule.ask_for_more(self.tol, bound.relative_gap, solution.certificate.relative_gap)
+                        schedule.ask_for_more(self.tol, closed.relative_gap, solution.certificate.relative_gap)
+                    if better is None:
+                        # What has been proved since is the better bound.
+                        bound = closed
                 # A warm start of another beta lacks the units that this beta calls for.
                 missing = warm and self.n_iter == 0
                 grown = False
                 if seen is not None:
                     fall = 0.0 if stalled else recent_fall(values)
-                    # What has been proved since is the better bound.
                     seen.bound = bound
                     optimiser, shapes, grown = self.adapt(
                         optimiser, shapes, current, shapes.like(gradient), seen, fall, missing
@@ -603,7 +656,7 @@ class Factored:
                     values.clear()
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
-                reach = self.polishable(shapes, schedule.target)
+                reach = max(self.polishable(shapes, schedule.target), self.correctable(schedule.target))
                 schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()), reach)
             if self.n_iter >= self.max_iter:
                 break
@@ -745,12 +798,13 @@ class Factored:
         if self.max_rank is not None:
             factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * seen.bound.primal)
             room = min(room, self.max_rank - factors.n_units)
-        _, pairs = self.estimate(factors, Search(self.tol, size=self.room(factors)))
+        size = self.room(factors)
+        _, pairs = self.estimate(factors, Search(self.tol, size=size))
         # Pairs that are hardly above beta cost units and close nothing.
         least = self.problem.beta * (1.0 + 0.1 * self.tol)
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
         wanted = [p for p in wanted if not self.full(factors, p)]
-        wanted = sorted(wanted, key=lambda pair: -pair.sigma)[: max(0, room)]
+        wanted = at_most(size, wanted)[: max(0, room)]
         return self.add_units(factors, wanted, seen.outputs) if wanted else None
 
     def widen(self, factors: Factors, seen: Look) -> Factors | None:
@@ -760,10 +814,7 @@ class Factored:
         """
         used, _ = canonical(self.problem, factors, IDLE * seen.bound.gap)
         outside = [p for p in seen.pairs if not self.full(factors, p) and spanned(used, p) < SPANNED]
-        outside.sort(key=lambda pair: -pair.sigma)
-        room = self.room(factors)
-        blocks = [(pair.component, pair.gate) for pair in outside]
-        outside = [pair for i, pair in enumerate(outside) if blocks[:i].count(blocks[i]) < room]
+        outside = at_most(self.room(factors), outside)
         if self.max_rank is not None:
             outside = outside[: max(0, self.max_rank - factors.n_units)]
         return self.add_units(factors, outside, seen.outputs) if outside else None
