@@ -48,7 +48,7 @@ def excesses(problem: Problem, O: Tensor, pairs: list[SingularPair]) -> Tensor:
             if own:
                 u, v = torch.stack([pair.u for pair in own]), torch.stack([pair.v for pair in own])
                 corner = u.double() @ problem.gamma(L, k, gate) @ v.double().mT
-                found.append((corner - problem.penalty_weight(component) * torch.eye(len(own))).flatten())
+                found.append((corner - problem.penalty_weight(component) * torch.eye(len(own), dtype=torch.float64)).flatten())
     return torch.cat(found)
 
 
@@ -62,15 +62,19 @@ def prepared(heads: tuple[Case, ...], loss: str) -> tuple[Problem, Factors, list
 
 
 @every_head
-def test_of_a_quadratic_loss_all_of_the_excess_goes(heads: tuple[Case, ...]) -> None:
+def test_of_a_quadratic_loss_all_of_the_excess_goes(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     problem, factors, pairs = prepared(heads, "squared")
-    before = excesses(problem, problem.forward(factors), pairs)
-    O = problem.forward(corrected(problem, factors, problem.forward(factors), pairs))
-    after = excesses(problem, O, pairs)
-    assert float(after.norm()) <= 1.01 * ACCURACY * float(before.norm())
+    O = problem.forward(factors)
+    before = excesses(problem, O, pairs)
+    after = excesses(problem, problem.forward(corrected(problem, factors, O, pairs)), pairs)
+    assert float(after.norm()) <= 1.5 * ACCURACY * float(before.norm())
+    monkeypatch.setattr(correction, "ACCURACY", 1e-9)
+    monkeypatch.setattr(correction, "STEPS", 200)
+    P = problem.forward(corrected(problem, factors, O, pairs))
+    assert float(excesses(problem, P, pairs).norm()) <= 1e-7 * float(before.norm())
     if problem.fit_intercept:
-        slopes = [dual_point(problem, P).reshape(-1, problem.outputs).sum(0) for P in (problem.forward(factors), O)]
-        torch.testing.assert_close(slopes[1], slopes[0], rtol=0.0, atol=1e-9)
+        slope = dual_point(problem, P).reshape(-1, problem.outputs).sum(0)
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0.0, atol=1e-8)
 
 
 @every_head
@@ -90,7 +94,7 @@ def test_the_equations_are_symmetric_and_positive(case: Case) -> None:
     equations = Correction(problem, O, pairs)
     generator = torch.Generator().manual_seed(1)
     masks = [torch.ones_like(E) if m is None else m for E, m in zip(equations.excess, equations.masks, strict=True)]
-    inside = torch.cat([mask.flatten() for mask in masks])
+    inside = torch.cat([*(mask.flatten() for mask in masks), torch.ones(len(equations.inverse))])
     x, y = (inside * torch.randn(len(inside), generator=generator, dtype=O.dtype) for _ in range(2))
     assert len(x)
     assert float(x @ equations.apply(y)) == pytest.approx(float(equations.apply(x) @ y), rel=1e-8)

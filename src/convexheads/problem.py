@@ -337,6 +337,10 @@ class Problem:
 
         return [tuple(rows(t) for t in stats) for stats in like]
 
+    def has_room(self, size: int) -> bool:
+        """Whether ``size`` bytes fit into memory beside the statistics that are kept."""
+        return size <= self.cache_bytes - _held_bytes(self._cache)
+
     def file_folder(self, size: int) -> Path | None:
         """A folder with room for a temporary file of ``size`` bytes; None where there is none, or no use for one."""
         near = next(filter(None, map(memory.folder_of, self.tokens)), None)
