@@ -48,7 +48,8 @@ def excesses(problem: Problem, O: Tensor, pairs: list[SingularPair]) -> Tensor:
             if own:
                 u, v = torch.stack([pair.u for pair in own]), torch.stack([pair.v for pair in own])
                 corner = u.double() @ problem.gamma(L, k, gate) @ v.double().mT
-                found.append((corner - problem.penalty_weight(component) * torch.eye(len(own), dtype=torch.float64)).flatten())
+                corner.diagonal().sub_(problem.penalty_weight(component))
+                found.append(corner.flatten())
     return torch.cat(found)
 
 
