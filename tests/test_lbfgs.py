@@ -150,6 +150,33 @@ def test_pairs_without_curvature_are_dropped_by_a_map() -> None:
     assert all(float(s @ y) == 2.0 for s, y in kept)
 
 
+def test_pairs_whose_images_are_rounding_leave_the_scale_alone() -> None:
+    y = torch.tensor([1.0, 2.0])
+    pairs = CurvaturePairs(y, 4)
+    pairs.append(y, y, -1e-9 * y)
+    assert pairs.scale == 1.0
+    pairs.append(y, y, 0.25 * y)
+    assert pairs.scale == pytest.approx(4.0)
+    assert bool(torch.isfinite(pairs.direction(y, 0.25 * y, pairs.scale)).all())
+
+
+def test_an_image_that_is_rounding_is_taken_anew() -> None:
+    applied: list[Tensor] = []
+
+    def inverse(rows: Tensor) -> Tensor:
+        applied.append(rows)
+        # The image of the second gradient seems to be that of the first.
+        return torch.ones_like(rows) if len(applied) < 3 else 0.5 * rows
+
+    optimiser = LBFGS(lambda x: (0.5 * float(x @ x), x.clone()), torch.tensor([3.0, 4.0]), 0.0)
+    optimiser.set_inverse(inverse)
+    assert optimiser.step()
+    assert len(applied) == 3
+    ((s, y),) = optimiser.pairs
+    torch.testing.assert_close(applied[-1][0], y)
+    assert optimiser.pairs.scale == pytest.approx(float(s @ y) / float(0.5 * y @ y))
+
+
 def test_the_oldest_pair_goes() -> None:
     pairs = CurvaturePairs(torch.zeros(1), 3)
     for k in range(1, 6):

@@ -26,7 +26,7 @@ LEAST_CURVATURE = 1e-10
 """s'y as a share of ||s|| ||y|| below which a pair is left out."""
 IMAGES = 2**22
 """Numbers of the vectors that an initial inverse Hessian is applied to at once."""
-SCALED, TINY = 5, 1e-300
+SCALED = 5
 """Newest pairs that the scale of the initial inverse Hessian is taken from."""
 STEADY = 4
 """Last iterates that are combined to the one of least gradient."""
@@ -129,7 +129,9 @@ class CurvaturePairs:
         """s'y / y'H0 y, how much too small H0 is: the geometric mean of the newest pairs, as single ones jump."""
         recent = slice(max(0, len(self.order) - SCALED), len(self.order))
         curved, guessed = self.products.diagonal()[recent], self.inner.diagonal()[recent]
-        return float(np.exp(np.mean(np.log(curved / np.maximum(guessed, TINY)))))
+        # Rounding may leave nothing of a small y in its image.
+        sound = guessed > 0.0
+        return float(np.exp(np.mean(np.log(curved[sound] / guessed[sound])))) if sound.any() else 1.0
 
     def direction(self, gradient: Tensor, image: Tensor, scale: float) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from ``scale`` H0; ``image`` is H0 times the gradient."""
@@ -289,6 +291,10 @@ class LBFGS:
         self.x, self._here, self._image = x, (value, gradient), None
         if curvature > LEAST_CURVATURE * math.sqrt(size * float(y @ y)):
             # What the next direction needs says what became of y.
-            self.pairs.append(s, y, self._applied(y) if before is None else self.image - before)
+            image = self._applied(y) if before is None else self.image - before
+            if before is not None and not float(y @ image) > LEAST_CURVATURE * float(y.norm() * image.norm()):
+                # A difference that is rounding: better anew.
+                image = self._applied(y)
+            self.pairs.append(s, y, image)
         self.recent.append((x, gradient))
         return size > 0 or bool(torch.any(s != 0))
