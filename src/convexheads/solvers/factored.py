@@ -87,7 +87,7 @@ WORTH_TRIMMING = 0.8
 """... if they are so many that at most this share of the units is left."""
 TRIMS = 3
 """Attempts at dropping units, ever fewer of them, where that costs the objective more than it has fallen."""
-PATIENCE, FEW_PATIENCE = 2, 4
+PATIENCE, FEW_PATIENCE = 2, 6
 """A check comes after this many times the shortest interval even if the gap is unlikely to have closed; of few samples,
 where it takes longer than an evaluation, after this many."""
 FIRST_CHECK = 10
