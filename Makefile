@@ -3,12 +3,15 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests run side by side, in so many processes of one thread each.
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 EXTRAS := backbones,datasets,plots,report,relu,onnx,dev
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
 
@@ -56,11 +59,11 @@ $(BENCH_STAMP): $(STAMP)
 
 test: install lint types ## style, types and all tests but the slow ones (at most 20 minutes)
 	@echo "Running the tests"
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: install lint types ## the same with the slow tests
 	@echo "Running all tests, slow ones included"
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 lint: install ## style and format of the source (seconds)
 	@echo "Checking style and format"
