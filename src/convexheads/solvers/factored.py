@@ -52,8 +52,8 @@ from convexheads.solvers.warmup import lowered
 from convexheads.subspace import PAIRS, ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
-REBUILD = 30
-"""Iterations between two preconditioners ..."""
+REBUILD, FEW_REBUILD = 30, 20
+"""Iterations between two preconditioners, the second where there are few samples, ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 SOON = 0.3
@@ -271,6 +271,7 @@ class Factored:
         # Where there are few samples units are few, and iterations cheap beside checks.
         few = problem.n < WARMUP_SAMPLES
         self.patience = FEW_PATIENCE if few else PATIENCE
+        self.rebuild = FEW_REBUILD if few else REBUILD
         # Whether units that shrink may be dropped early, and whether any were dropped.
         self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
@@ -661,7 +662,7 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else REBUILD)
+            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else self.rebuild)
             if not soft and self.worth_softening(shapes, bound, values, due):
                 soft = due = True
             if due:
