@@ -52,8 +52,9 @@ from convexheads.solvers.warmup import lowered
 from convexheads.subspace import PAIRS, ROUNDS, BlockSubspace, OutsidePairs, OutsideSubspace, SingularPair
 from convexheads.types import Factors, History, Interval, Units
 
-REBUILD, FEW_REBUILD = 30, 20
-"""Iterations between two preconditioners, the second where there are few samples, ..."""
+REBUILD, FIRST_REBUILD, FEW_REBUILD = 30, 25, 20
+"""Iterations between two preconditioners, of which the first, made at a rough start, lasts less, and least of few
+samples, ..."""
 NEARLY, REBUILD_NEARLY = 2.0, 45
 """... and where the gap is at most this many times the tolerance: the last one has too few iterations to repay it."""
 SOON = 0.3
@@ -271,7 +272,7 @@ class Factored:
         # Where there are few samples units are few, and iterations cheap beside checks.
         few = problem.n < WARMUP_SAMPLES
         self.patience = FEW_PATIENCE if few else PATIENCE
-        self.rebuild = FEW_REBUILD if few else REBUILD
+        self.first_rebuild = FEW_REBUILD if few else FIRST_REBUILD
         # Whether units that shrink may be dropped early, and whether any were dropped.
         self.trusting, self.trimmed = not few, False
         self.least_gap, self.least_at = math.inf, 0
@@ -662,7 +663,8 @@ class Factored:
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
-            due = optimiser.inverse is None or self.n_iter - built_at >= (REBUILD_NEARLY if near else self.rebuild)
+            lasting = REBUILD_NEARLY if near else REBUILD if built_at else self.first_rebuild
+            due = optimiser.inverse is None or self.n_iter - built_at >= lasting
             if not soft and self.worth_softening(shapes, bound, values, due):
                 soft = due = True
             if due:
