@@ -163,6 +163,15 @@ CASES = [
 ]
 SMALL = [case for case in CASES if case.pooled and case.grid is None]
 """One case a head and activation."""
+NUCLEAR = [case for case in CASES if case.head != "linear"]
+"""Cases whose blocks have a nuclear norm."""
+HEADS = [
+    (Case("self_attention", s=4, d=4, c=5),),
+    (Case("mixer", "gated_relu", s=4, d=4, c=5, gates=2),),
+    (Case("self_attention", s=4, d=4, c=5), Case("mlp", "gated_relu", s=4, d=5, c=5, weight=2.0)),
+    (Case("mixer", s=4, d=4, c=5, intercept=False),),
+]
+"""Single heads, linear and gated, and a sum of heads."""
 
 
 def make_targets(loss: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract_cases import CASES, SMALL, Case, make_setting, random_units
+from contract_cases import NUCLEAR, SMALL, Case, make_setting, random_units
 from convexheads.problem import Problem
 from convexheads.solvers import cores, factored, preconditioner, solver_function
 from convexheads.solvers.cores import Core, Cores
@@ -17,7 +17,7 @@ from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.subspace import OutsidePairs, OutsideSubspace
 from convexheads.types import Factors, Units
 
-every_case = pytest.mark.parametrize("case", [case for case in CASES if case.head != "linear"], ids=str)
+every_case = pytest.mark.parametrize("case", NUCLEAR, ids=str)
 
 
 def outside(problem: Problem, factors: Factors, rounds: int = 3) -> dict[tuple[int, int | None], OutsidePairs]:

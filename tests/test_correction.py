@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract_cases import CASES, Case, float32_problem, make_setting, random_units
+from contract_cases import HEADS, NUCLEAR, Case, float32_problem, make_setting, random_units
 from convexheads.certificate import dual_point
 from convexheads.memory import Budget
 from convexheads.problem import Problem
@@ -17,15 +17,9 @@ from convexheads.solvers.correction import ACCURACY, Correction, corrected
 from convexheads.subspace import BlockSubspace, SingularPair, rough_beta_max
 from convexheads.types import Factors
 
-every_case = pytest.mark.parametrize("case", [case for case in CASES if case.head != "linear"], ids=str)
-HEADS = [
-    (Case("self_attention", s=4, d=4, c=5),),
-    (Case("mixer", "gated_relu", s=4, d=4, c=5, gates=2),),
-    (Case("self_attention", s=4, d=4, c=5), Case("mlp", "gated_relu", s=4, d=5, c=5, weight=2.0)),
-    (Case("mixer", s=4, d=4, c=5, intercept=False),),
-    (Case("self_attention", s=4, d=4, c=5), Case("linear", s=4, d=4, c=5)),
-]
-every_head = pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+every_case = pytest.mark.parametrize("case", NUCLEAR, ids=str)
+LAST = (Case("self_attention", s=4, d=4, c=5), Case("linear", s=4, d=4, c=5))
+every_head = pytest.mark.parametrize("heads", [*HEADS, LAST], ids=lambda heads: "+".join(map(str, heads)))
 
 
 def settled(problem: Problem, most: int = 6) -> Factors:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract_cases import CASES, SMALL, Case, float32_problem, make_setting, random_units
+from contract_cases import HEADS, NUCLEAR, SMALL, Case, float32_problem, make_setting, random_units
 from convexheads.certificate import dual_point
 from convexheads.memory import ROOMY, Budget, FileRows
 from convexheads.problem import Problem
@@ -19,15 +19,9 @@ from convexheads.solvers.span import Span, positive_factor, span_work, with_coup
 from convexheads.subspace import OutsidePairs, OutsideSubspace
 from convexheads.types import Factors
 
-every_case = pytest.mark.parametrize("case", [case for case in CASES if case.head != "linear"], ids=str)
-HEADS = [
-    (Case("self_attention", s=4, d=4, c=5),),
-    (Case("mixer", "gated_relu", s=4, d=4, c=5, gates=2),),
-    (Case("self_attention", s=4, d=4, c=5), Case("mlp", "gated_relu", s=4, d=5, c=5, weight=2.0)),
-    (Case("mixer", s=4, d=4, c=5, intercept=False),),
-    (Case("self_attention", pooled=False, s=4, d=4, c=5),),
-]
-every_head = pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "+".join(map(str, heads)))
+every_case = pytest.mark.parametrize("case", NUCLEAR, ids=str)
+LAST = (Case("self_attention", pooled=False, s=4, d=4, c=5),)
+every_head = pytest.mark.parametrize("heads", [*HEADS, LAST], ids=lambda heads: "+".join(map(str, heads)))
 
 
 def outside_of(problem: Problem, factors: Factors, most: int = 2) -> dict[tuple[int, int | None], OutsidePairs]:

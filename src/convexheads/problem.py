@@ -321,9 +321,8 @@ class Problem:
         """
         sizes = [math.prod(t.shape[1:]) * t.element_size() * self.local for stats in like for t in stats]
         order = sorted(range(len(sizes)), key=sizes.__getitem__)
-        room = self.cache_bytes - _held_bytes(self._cache)
         totals = itertools.accumulate(sizes[i] for i in order)
-        spilled = {i for i, total in zip(order, totals, strict=True) if total > room}
+        spilled = {i for i, total in zip(order, totals, strict=True) if not self.has_room(total)}
         folder = self.file_folder(sum(sizes)) if spilled and spill else None
         if spilled and folder is None:
             return None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convexheads.problem import Problem
-from convexheads.solvers.units import canonical, join_units
+from convexheads.solvers.units import canonical, join_units, pair_units
 from convexheads.subspace import SingularPair
 from convexheads.types import Factors, Units
 
@@ -44,21 +44,10 @@ class Correction:
         self.masks: list[Tensor | None] = []
         for k, component in enumerate(problem.components):
             own = [pair for pair in pairs if pair.component == k]
-            sides = [[pair.u for pair in own], [pair.v for pair in own]]
-            u, v = (torch.stack(side).to(O.dtype) if own else O.new_zeros(0, 1) for side in sides)
-            gate = mask = None
-            if component.gates is not None:
-                gate = torch.tensor([pair.gate for pair in own], dtype=torch.long, device=problem.device)
-                mask = gate[:, None] == gate
-            self.units.append(
-                Units(
-                    None if component.ridge else u.reshape(-1, *component.form.u_shape),
-                    v.reshape(-1, component.form.value_width, component.width),
-                    gate,
-                )
-            )
+            units = pair_units(component, own, O)
+            self.units.append(units)
             self.excess.append(O.new_tensor([pair.sigma - weights[k] for pair in own]).diag())
-            self.masks.append(mask)
+            self.masks.append(None if units.gate is None else units.gate[:, None] == units.gate)
         self.sizes = [len(E) ** 2 for E in self.excess]
         numbers = sum(len(E) * c.form.value_width for E, c in zip(self.excess, problem.components, strict=True))
         size = numbers * problem.targets[..., 0].numel() * O.dtype.itemsize

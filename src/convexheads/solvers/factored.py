@@ -41,6 +41,7 @@ from convexheads.solvers.units import (
     canonical,
     join_units,
     largest,
+    pair_units,
     placements,
     principal_units,
     spanned,
@@ -456,15 +457,12 @@ class Factored:
             if old.u is None or not own:
                 units.append(old)
                 continue
+            new = pair_units(component, [pair for pair, _ in own], old.v)
+            assert new.u is not None
             root = torch.tensor([math.sqrt(size) for _, size in own], dtype=dtype, device=problem.device)
             # -L is the descent direction: the unit is -u v^T.
-            u = -torch.stack([pair.u for pair, _ in own]).to(dtype) * root[:, None]
-            v = torch.stack([pair.v for pair, _ in own]).to(dtype) * root[:, None]
-            gate = None
-            if component.gates is not None:
-                gate = torch.tensor([pair.gate for pair, _ in own], device=problem.device)
-            shape_v = (component.form.value_width, component.width)
-            units.append(join_units(old, Units(u.view(-1, *component.form.u_shape), v.view(-1, *shape_v), gate)))
+            u, v = (t * root.view(-1, *[1] * (t.ndim - 1)) for t in (-new.u, new.v))
+            units.append(join_units(old, Units(u, v, new.gate)))
         return Factors(units, factors.intercept)
 
     def _step_sizes(self, pairs: list[SingularPair], O: Tensor) -> list[float]:
@@ -493,11 +491,9 @@ class Factored:
     def _pair_outputs(self, pair: SingularPair, stats: list[Stats], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """What a pair adds to the outputs of some samples, of their shape."""
         component = self.problem.components[pair.component]
-        u = pair.u.to(dtype).view(1, *component.form.u_shape)
-        v = pair.v.to(dtype).view(1, component.form.value_width, component.width)
-        gate = None if pair.gate is None else torch.tensor([pair.gate], device=self.problem.device)
         O = torch.zeros(shape, dtype=dtype, device=self.problem.device)
-        rows = component.forward(component.features(stats[pair.component], Units(u, v, gate)), v)
+        units = pair_units(component, [pair], O)
+        rows = component.forward(component.features(stats[pair.component], units), units.v)
         O[..., component.outputs] = rows.view(*shape[:-1], component.width)
         return O
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from convexheads.problem import Problem
+from convexheads.problem import Component, Problem
 from convexheads.spectral import balanced_factors
 from convexheads.subspace import SingularPair
 from convexheads.types import Factors, Units
@@ -224,6 +224,20 @@ def pick(units: Units, index: Tensor) -> Units:
     """Some units of a component that is no ridge branch."""
     assert units.u is not None
     return Units(units.u[index], units.v[index], pick_gates(units.gate, index))
+
+
+def pair_units(component: Component, pairs: list[SingularPair], like: Tensor) -> Units:
+    """The singular vectors of some pairs of a component, as units of the dtype and on the device of ``like``."""
+
+    def stacked(sides: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        rows = torch.stack(sides).to(like.dtype) if sides else like.new_zeros(0)
+        return rows.view(len(sides), *shape)
+
+    gate = None
+    if component.gates is not None:
+        gate = torch.tensor([pair.gate for pair in pairs], dtype=torch.long, device=like.device)
+    u = None if component.ridge else stacked([pair.u for pair in pairs], component.form.u_shape)
+    return Units(u, stacked([pair.v for pair in pairs], (component.form.value_width, component.width)), gate)
 
 
 def no_units(units: Units) -> Units:
