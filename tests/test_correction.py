@@ -161,7 +161,7 @@ def test_a_correction_of_no_use_is_not_tried_again_at_the_same_gap(monkeypatch: 
 
     monkeypatch.setattr(factored.Factored, "correct", watch)
     # What comes back is what went in.
-    monkeypatch.setattr(factored, "corrected", lambda problem, factors, O, pairs: factors)
+    monkeypatch.setattr(factored, "corrected", lambda problem, factors, O, pairs, drop: factors)
     problem = classified("linear")
     solution = solver_function("factored")(problem, tol=1e-3)
     assert solution.converged
@@ -172,13 +172,13 @@ def test_no_more_units_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None
     problem = classified("linear")
     full = solver_function("factored")(problem, tol=1e-3).factors.n_units
     seen: list[int] = []
-    look = factored.Factored.look
+    refit = factored.Factored.refit
 
-    def watch(self: factored.Factored, factors: Factors, gap: float) -> factored.Look:
+    def watch(self: factored.Factored, factors: Factors, dtype: torch.dtype) -> tuple[Factors, Tensor]:
         seen.append(factors.n_units)
-        return look(self, factors, gap)
+        return refit(self, factors, dtype)
 
-    monkeypatch.setattr(factored.Factored, "look", watch)
+    monkeypatch.setattr(factored.Factored, "refit", watch)
     solver_function("factored")(problem, tol=1e-3, max_rank=full)
     assert seen
     assert max(seen) <= full

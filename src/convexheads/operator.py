@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures import Architecture, Pullback, Stats, by_feature
+from convexheads.products import aligned_product
 from convexheads.types import BlockShape, Units
 
 WORTH_TURNING, WIDER = 2**14, 4
@@ -122,9 +123,10 @@ class Component:
 
     def adjoint_features(self, T: Tensor | None, v: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to the features T: (rows, m, k), in the layout of T if it is at hand."""
+        product = aligned_product if self.form.spaced_cotangents else torch.matmul
         if T is not None and by_feature(T):
-            return (L @ v.transpose(0, 1).flatten(0, 1).mT).view(len(L), v.shape[1], v.shape[0]).mT
-        return (L @ v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
+            return product(L, v.transpose(0, 1).flatten(0, 1).mT).view(len(L), v.shape[1], v.shape[0]).mT
+        return product(L, v.flatten(0, 1).mT).view(len(L), v.shape[0], v.shape[1])
 
 
 def split_rows(total: int, step: int) -> Iterator[slice]:

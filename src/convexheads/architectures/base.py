@@ -47,7 +47,7 @@ def architecture_class(name: str) -> type[Architecture]:
 
 def by_feature(T: Tensor) -> bool:
     """Whether unit features (n, m, k) lie in memory as (n, k, m): to copy them would cost as much as products."""
-    return T.mT.is_contiguous() and not T.is_contiguous()
+    return T.stride(1) == 1 and T.stride(2) == T.shape[1] and not T.is_contiguous()
 
 
 def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
@@ -126,6 +126,8 @@ class Architecture:
     """True for a form with :meth:`outer_gradient`: a sample's gradient in u_j, seen as ``u_matrix``, has rank one."""
     products_only: ClassVar[bool] = False
     """True for a form whose evaluation is large matrix products throughout, which low precision makes faster."""
+    spaced_cotangents: ClassVar[bool] = False
+    """True for a form whose pullback is as fast where a cotangent's samples lie apart in memory."""
     rectified: ClassVar[bool] = False
     """True for the form of ReLU units, each masked by its own sign: positively homogeneous in u, not linear."""
 

@@ -17,6 +17,7 @@ from convexheads.architectures.base import (
     gated_forms_adjoint,
     register,
 )
+from convexheads.products import aligned_product
 
 
 class _Square(Architecture):
@@ -53,6 +54,7 @@ class PooledLinearSelfAttention(_Pooled):
     name = "self_attention"
     outer_gradients = True
     products_only = True
+    spaced_cotangents = True
 
     @property
     def workspace(self) -> int:
@@ -67,9 +69,9 @@ class PooledLinearSelfAttention(_Pooled):
         mean, gram = stats
         m, d = u.shape[0], self.features
         if m > d:
-            mixed = (mean @ u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
+            mixed = aligned_product(mean, u.permute(1, 2, 0).reshape(d, d * m)).view(-1, d, m)
             return (gram @ mixed).mT
-        return (mean @ u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d) @ gram
+        return aligned_product(mean, u.transpose(0, 1).reshape(d, m * d)).view(-1, m, d) @ gram
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         mean, gram = stats

@@ -127,10 +127,13 @@ class Correction:
         return y
 
 
-def corrected(problem: Problem, factors: Factors, O: Tensor, pairs: list[SingularPair]) -> Factors:
+def corrected(
+    problem: Problem, factors: Factors, O: Tensor, pairs: list[SingularPair], drop: float = 0.0
+) -> Factors:
     """``factors`` after the step: balanced units, a few more of them, in float64.
 
-    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors.
+    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors. The smallest units are left out
+    where that costs the objective no more than ``drop``.
     """
     equations = Correction(problem, O.to(problem.dtype), pairs)
     step, whole = equations.step(equations.solve()).to(torch.float64), factors.to(torch.float64)
@@ -139,4 +142,4 @@ def corrected(problem: Problem, factors: Factors, O: Tensor, pairs: list[Singula
         for old, new in zip(whole.units, step.units, strict=True)
     ]
     b = None if whole.intercept is None or step.intercept is None else whole.intercept + step.intercept
-    return canonical(problem, Factors(units, b), 0.0)[0]
+    return canonical(problem, Factors(units, b), drop)[0]

@@ -427,10 +427,11 @@ class Factored:
         for remaining in reversed(range(CORRECTIONS)):
             if not seen.pairs:
                 break
-            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs)
+            spare = SPARED[-1] * self.tol * abs(seen.bound.primal)
+            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare)
             if self.max_rank is not None:
                 factors = largest(factors, self.max_rank)
-            seen = self.look(factors.to(self.problem.dtype), STEP_LEFT * gap)
+            seen = self.close_look(factors)
             if seen.bound.relative_gap <= target:
                 return seen
             gap = min(gap, seen.bound.relative_gap)
@@ -630,7 +631,8 @@ class Factored:
                     self.report(bound.primal, bound.relative_gap, current)
                 closed = bound if better is None else better.bound
                 if closed.relative_gap <= schedule.target:
-                    found, looked = (current, seen) if better is None else (better.refitted, better)
+                    looked = seen if better is None else better
+                    found = self.refit(current, self.exact_dtype(self.tol))[0] if looked is None else looked.refitted
                     slim, closed = self.slim(found, closed, schedule.target, looked is None or looked.sure)
                     if closed.relative_gap <= self.slack * schedule.target:
                         solution = self.finish(slim, closed, "the relative gap reached tol")
@@ -693,8 +695,8 @@ class Factored:
             elif stalls > 5:
                 message = "no further decrease could be found in float64"
                 break
-        last = shapes.like(optimiser.steadied()[0])
-        bound = self.estimate(last)[0]
+        last, O = self.refit(shapes.like(optimiser.steadied()[0]), self.exact_dtype(self.tol))
+        bound = self.measure(last, O, Search(self.tol))[0]
         return self.finish(*self.slim(last, bound, max(schedule.target, bound.relative_gap), True), message)
 
     def renewed(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
@@ -897,7 +899,7 @@ class Factored:
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
         ``bound`` is the estimate with all units. Unless it is ``sure``, the gap that comes back may be above the
-        target. Factors come back in float64, with the intercept solved for unless a proof does so again.
+        target. Factors have the intercept solved for, in float64.
         """
 
         allowed = min(max(target / SLACK, SLACK * bound.relative_gap), self.slack * target)
@@ -923,8 +925,6 @@ class Factored:
         if not sure:
             close = self.close_look(none)
             return close.refitted, close.bound
-        if not self.proves:
-            none, _ = self.refit(none.to(self.problem.dtype), self.exact_dtype(self.tol))
         return none, bound
 
 

@@ -42,7 +42,7 @@ SAMPLES = 1024
 MOST_SAMPLES = 4096
 """The same where they cost little: gradients of ``CHEAP_NUMBERS`` at most in all ..."""
 CHEAP_NUMBERS = 2**23
-CHEAP_WORK = 5 * 10**9
+CHEAP_WORK = 25 * 10**8
 """... and more where moments of the features take no more multiplications than this ..."""
 MOST_OUTPUTS = 2**24
 """... and their outputs are no more numbers than this."""

@@ -21,14 +21,13 @@ WARMUP_WORK = 2e8
 """Floating-point operations of one evaluation up to which whole-batch iterations cost as little, too."""
 WARM_EPOCHS = 8
 """Epochs of the warm-up from other factors."""
-LEAST_EPOCHS, MOST_EPOCHS = 4, 16
+LEAST_EPOCHS, MOST_EPOCHS = 4, 24
 """The fewest epochs from none, and the most ..."""
-WARMUP_STEPS = 200
-"""... for about so many mini-batches ..."""
-MOST_LOW_EPOCHS, LOW_STEPS, USUAL_RATIO, LOW_POWER = 40, 480, 0.034, -0.56
-"""... or, where an epoch in low precision costs half of an iteration, so many at most for so many mini-batches at this
-share of beta_max, times this power of the quotient at others: what is left is noise of mini-batches, which is larger
-for more units, and more are in use at a smaller beta; ..."""
+WARMUP_STEPS, USUAL_RATIO, STEPS_POWER = 320, 0.034, -0.56
+"""... for so many mini-batches at this share of beta_max, times this power of the quotient at others: what is left is
+noise of mini-batches, which is larger for more units, and more are in use at a smaller beta; ..."""
+MOST_LOW_EPOCHS, LOW_STEPS = 40, 480
+"""... or, where an epoch in low precision costs half of an iteration, so many instead; ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 FEW_UNITS = 20
@@ -190,12 +189,12 @@ def usual_share(problem: Problem) -> float:
 
 def warmup_epochs(problem: Problem, start: Factors, share: float) -> int:
     """Epochs of Adam from small random units; ``share`` is beta / (``USUAL_RATIO`` beta_max)."""
-    steps, most = float(WARMUP_STEPS), MOST_EPOCHS
+    steps, most = WARMUP_STEPS, MOST_EPOCHS
     # On accelerators mini-batches take about as long as all samples at once.
     low = problem.device.type == "cpu" and lowered(problem, start).low is not None
     if problem.world.every(low):
-        steps, most = LOW_STEPS * share**LOW_POWER, MOST_LOW_EPOCHS
-    return min(most, max(LEAST_EPOCHS, round(steps * BATCH / problem.n)))
+        steps, most = LOW_STEPS, MOST_LOW_EPOCHS
+    return min(most, max(LEAST_EPOCHS, round(steps * share**STEPS_POWER * BATCH / problem.n)))
 
 
 def vector_guess(problem: Problem, start: Factors, max_rank: int | None) -> Factors | None:
