@@ -109,7 +109,7 @@ def rough_products(device: torch.device) -> contextlib.AbstractContextManager[No
 
 
 def aligned_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, with a few unused columns behind those of a large result (a view), so that rows are aligned."""
+    """a @ b of matrices; rows of a large result are aligned, with a few unused columns between them (it is a view)."""
     columns = b.shape[1]
     spare = -columns % (ALIGNED // b.element_size())
     if not spare or len(a) * columns < WORTH_ALIGNING or a.device.type != "cpu":

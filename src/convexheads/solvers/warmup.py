@@ -1,4 +1,7 @@
-"""A few epochs of Adam on mini-batches: the cheap way to the neighbourhood of the optimum on large data.
+"""A few epochs on mini-batches: the cheap way to the neighbourhood of the optimum on large data.
+
+By Adam with quasi-hyperbolic momentum (Kingma and Ba 2015; QHAdam, Ma and Yarats 2019): a step goes along the mean of
+many gradients, in which the last one counts more than its turn.
 
 Step sizes are a fixed share of the weights' size expected at the optimum, so that nothing needs tuning: with
 beta sum_j ||u_j||^2 a fair part of the loss at zero, ||u_j|| is known up to a small factor beforehand.
@@ -21,8 +24,12 @@ BATCH, LARGE_BATCH, LARGE_STEPS = 512, 1024, 200
 cost, if there are so many steps: noise is the limit then, not their number."""
 LOW_WORK = 1e9
 """Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
-SHARE, LARGE_SHARE = 0.15, 0.2
-"""Step size as a share of the expected root mean square of an entry, for mini-batches of either size."""
+SHARE, LARGE_SHARE = 0.2, 0.25
+"""Step size as a share of the expected root mean square of an entry, for mini-batches of either size; it falls to zero
+in proportion to the steps that are left."""
+MOMENTUM, LAST, SQUARES = 0.95, 0.1, 0.95
+"""How much a step keeps of the mean gradient, the share of the last gradient beside that mean, and how much it keeps of
+the mean square."""
 INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
 
@@ -34,18 +41,24 @@ def lowered(problem: Problem, factors: Factors) -> Problem:
     return problem.in_low_precision(low_precision(problem.device))
 
 
+def batches(n: int, size: int) -> int:
+    """Mini-batches an epoch of ``n`` samples, of at most ``size`` each."""
+    return math.ceil(n / size)
+
+
 def minibatches(
     problem: Problem, shapes: Factors, x: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """One epoch: the objective's gradient at ``x`` on each shuffled mini-batch of ``size`` samples, one vector.
+    """One epoch: the objective's gradient at ``x`` on shuffled mini-batches of about ``size`` samples, one vector each.
 
-    Its mean over an epoch is the full gradient. ``x`` (variables in the ``shapes`` of factors) may change in between.
+    Their mean over an epoch is the full gradient, about. ``x`` (variables in the ``shapes`` of factors) may change in between.
     """
     dtype, variables = x.dtype, shapes.like(x)
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
-    for index in order.split(size):
+    # Even ones: the gradient of the few samples that are left over would be all noise.
+    for index in order.tensor_split(batches(problem.n, size)):
         flat = torch.zeros_like(x)
         gradient, sums = shapes.like(flat), Sums()
         for part in problem.own_samples(index)[0].split(most):
@@ -65,7 +78,7 @@ def adam_epochs(
     epochs: int,
     generator: torch.Generator,
 ) -> Factors:
-    """Adam with cosine decay and explicit weight decay (Kingma and Ba 2015); returns new factors.
+    """Epochs of Adam with quasi-hyperbolic momentum on the objective, weight decay included; returns new factors.
 
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
@@ -85,16 +98,17 @@ def adam_epochs(
     if own.intercept is not None:
         own.intercept.fill_(INTERCEPT_RATE)
     first, second, root = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
-    steps = epochs * math.ceil(problem.n / batch)
+    steps = epochs * batches(problem.n, batch)
     step = 0
     for _ in range(epochs):
         for gradient in minibatches(problem, factors, x, batch, generator):
+            decay = 1.0 - step / steps
             step += 1
-            decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-            first.lerp_(gradient, 0.1)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            # The correction of the second moment, a number, is taken into the step.
-            correction = math.sqrt(1 - 0.999**step)
+            first.lerp_(gradient, 1.0 - MOMENTUM)
+            second.mul_(SQUARES).addcmul_(gradient, gradient, value=1.0 - SQUARES)
+            # The corrections of both moments, which begin at zero, are taken into the step.
+            correction = math.sqrt(1.0 - SQUARES**step)
             torch.sqrt(second, out=root).add_(1e-12 * correction).div_(rates)
-            x.addcdiv_(first, root, value=-decay * correction / (1 - 0.9**step))
+            x.addcdiv_(first, root, value=-decay * correction * (1.0 - LAST) / (1.0 - MOMENTUM**step))
+            x.addcdiv_(gradient, root, value=-decay * correction * LAST)
     return factors.like(x)
