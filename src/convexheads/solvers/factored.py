@@ -112,10 +112,10 @@ POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
 """... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
-LEFT, ONE_LEFT = 0.18, 0.3
+LEFT, ONE_LEFT = 0.12, 0.3
 """Share of the gap that is left by corrections along the singular pairs above beta, before it is known; the second one
 where all pairs there are seen at once, so that one correction does what it can do; ..."""
-CORRECTIONS, STEP_LEFT = 3, 0.5
+CORRECTIONS, STEP_LEFT = 4, 0.5
 """... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
 SPARED = (0.1, 0.02)
 """Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""

@@ -49,7 +49,7 @@ def batches(n: int, size: int) -> int:
 def minibatches(
     problem: Problem, shapes: Factors, x: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """One epoch: the objective's gradient at ``x`` on shuffled mini-batches of about ``size`` samples, one vector each.
+    """One epoch: the gradient of the objective at ``x``, one vector, on each mini-batch of about ``size`` samples.
 
     Their mean over an epoch is the full gradient, about. ``x`` (variables in the ``shapes`` of factors) may change in between.
     """
