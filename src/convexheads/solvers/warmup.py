@@ -49,9 +49,10 @@ def batches(n: int, size: int) -> int:
 def minibatches(
     problem: Problem, shapes: Factors, x: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """One epoch: the gradient of the objective at ``x``, one vector, on each mini-batch of about ``size`` samples.
+    """One epoch: the objective's gradient at ``x``, one vector, on each mini-batch of about ``size`` samples.
 
-    Their mean over an epoch is the full gradient, about. ``x`` (variables in the ``shapes`` of factors) may change in between.
+    Their mean over an epoch is the full gradient, about. ``x`` (variables in the ``shapes`` of factors) may change in
+    between.
     """
     dtype, variables = x.dtype, shapes.like(x)
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
