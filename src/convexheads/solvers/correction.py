@@ -127,9 +127,7 @@ class Correction:
         return y
 
 
-def corrected(
-    problem: Problem, factors: Factors, O: Tensor, pairs: list[SingularPair], drop: float = 0.0
-) -> Factors:
+def corrected(problem: Problem, factors: Factors, O: Tensor, pairs: list[SingularPair], drop: float = 0.0) -> Factors:
     """``factors`` after the step: balanced units, a few more of them, in float64.
 
     ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors. The smallest units are left out
