@@ -15,6 +15,7 @@ from convexheads.problem import Problem, Sums, take_rows
 from convexheads.products import (
     WORTH,
     add_moment,
+    aligned_product,
     column_squares,
     exact_through_onednn,
     fast_products,
@@ -280,6 +281,78 @@ def test_squared_norms_of_columns(shape: tuple[int, ...]) -> None:
     rows = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     exact = torch.linalg.vector_norm(rows, dim=-2).square()
     torch.testing.assert_close(column_squares(rows), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 17, 825])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_aligned_products_start_at_multiples(
+    columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 5), (columns, 5)))
+    plain = aligned_product(a, b.mT)
+    assert plain.is_contiguous()
+    monkeypatch.setattr(products, "WORTH_ALIGNING", 0)
+    found = aligned_product(a, b.mT)
+    assert found.shape == (9, columns)
+    assert found.stride(1) == 1
+    assert found.stride(0) * found.element_size() % products.ALIGNED == 0
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradients_are_the_same_with_aligned_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(replace(case, n=30))
+    factors = random_units(problem, 3).to(torch.float32)
+    value, gradient = problem.value_and_gradient(factors)
+    monkeypatch.setattr(products, "WORTH_ALIGNING", 0)
+    aligned, found = problem.value_and_gradient(factors)
+    assert aligned == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(found.flat(), gradient.flat(), rtol=1e-4, atol=1e-5 * float(gradient.flat().abs().max()))
+
+
+@pytest.mark.parametrize(("n", "size"), [(40, 8), (41, 8), (7, 8), (10_000, 768)])
+def test_minibatches_are_even(n: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(Case("linear", n=n))
+    factors = random_units(problem).to(torch.float32)
+    taken: list[int] = []
+    own = Problem.own_samples
+
+    def watched(self: Problem, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(len(index))
+        return own(self, index)
+
+    monkeypatch.setattr(Problem, "own_samples", watched)
+    list(warmup.minibatches(problem, factors, factors.flat(), size, torch.Generator().manual_seed(0)))
+    assert sum(taken) == n
+    assert len(taken) == warmup.batches(n, size)
+    assert max(taken) <= min(size, min(taken) + 1)
+
+
+def test_momentum_is_quasi_hyperbolic(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(replace(SOME[0], n=40))
+    start = random_units(problem).to(torch.float32)
+    x = start.flat()
+    given = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    monkeypatch.setattr(warmup, "BATCH", 10)
+    monkeypatch.setattr(warmup, "minibatches", lambda *args: iter(given))
+    found = warmup.adam_epochs(problem, start, 0.5, 1, torch.Generator()).flat()
+    # By sums over all gradients so far, whose weights add up to one.
+    moved = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(1, 5):
+        gradients = torch.stack(given[:t]).double()
+        ages = torch.arange(t - 1, -1, -1, dtype=torch.float64)
+        mean, square = (
+            (decay**ages / (decay**ages).sum()) @ values
+            for decay, values in ((warmup.MOMENTUM, gradients), (warmup.SQUARES, gradients.square()))
+        )
+        towards = (1.0 - warmup.LAST) * mean + warmup.LAST * gradients[-1]
+        moved += (1.0 - (t - 1) / 4) * towards / square.sqrt()
+    # Every variable has a step size of its own, of which the first step tells.
+    monkeypatch.setattr(warmup, "minibatches", lambda *args: iter(given[:1]))
+    rates = (x - warmup.adam_epochs(problem, start, 0.5, 1, torch.Generator()).flat()).abs()
+    assert float(rates.min()) > 0.0
+    torch.testing.assert_close((x - found).double(), rates * moved, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("low", "epochs", "size"), [(True, 20, 8), (True, 19, 4), (False, 20, 4)])
