@@ -187,7 +187,9 @@ def test_the_hessian_is_that_of_the_program(curved: bool, monkeypatch: pytest.Mo
 @every_head
 def test_solving_ends_at_the_restricted_optimum(heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_setting(*(replace(head, n=1500, loss="cross_entropy") for head in heads), beta=0.003).problem
-    start = solver_function("factored")(problem, tol=3e-2).factors.to(torch.float64)
+    near = solver_function("factored")(problem, tol=3e-2).factors.to(torch.float64)
+    # Not as near as a solve may come by luck.
+    start = near.like(0.97 * near.flat())
     outside = outside_of(problem, start)
     found = Span(problem, start, problem.forward(start), outside, None, torch.Generator().manual_seed(0))
     optimiser = LBFGS(found.evaluate, found.first(), 1e-14)

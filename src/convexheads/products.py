@@ -110,6 +110,9 @@ def rough_products(device: torch.device) -> contextlib.AbstractContextManager[No
 
 def aligned_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices; rows of a large result are aligned, with a few unused columns between them (it is a view)."""
+    # A graph that is exported is for any number of rows.
+    if torch.compiler.is_compiling():
+        return a @ b
     columns = b.shape[1]
     spare = -columns % (ALIGNED // b.element_size())
     if not spare or len(a) * columns < WORTH_ALIGNING or a.device.type != "cpu":
