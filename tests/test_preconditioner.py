@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract_cases import Case, cases, make_setting, random_units
+from contract_cases import Case, cases, float32_problem, make_setting, random_units
 from convexheads import memory
 from convexheads.distributed import ALONE
 from convexheads.problem import Problem
 from convexheads.solvers import preconditioner as module
 from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
 from convexheads.solvers.preconditioner import LEAST_COUNTED, HeavyRows, Preconditioner
+from convexheads.solvers.starts import random_factors
 from convexheads.types import Factors, Units
 
 CASES = list(cases())
@@ -208,3 +209,13 @@ def test_few_units_take_no_larger_chunks_than_many_where_memory_is_limited(monke
     monkeypatch.setattr(Problem, "pass_rows", watched)
     preconditioner(problem, alone)
     assert asked[0] == 2 * LEAST_COUNTED
+
+
+@pytest.mark.parametrize(("n", "full"), [(200, False), (1200, True)])
+def test_of_few_samples_only_small_moments_are_taken_in_full(n: int, full: bool) -> None:
+    problem = float32_problem(Case("self_attention", n=n, s=4, d=7, c=9))
+    factors = random_factors(problem, [20], torch.Generator().manual_seed(0), torch.float32)
+    (blocks,) = preconditioner(problem, factors).u_blocks
+    assert blocks is not None
+    assert module.FEW_FULL_SIZE < blocks.numbers <= module.FULL_SIZE
+    assert blocks.full == full

@@ -35,7 +35,9 @@ from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
-FULL_SIZE = 1024
+FULL_SIZE, FEW_FULL_SIZE = 1024, 512
+"""Numbers of a component's u up to which its moment is taken in full; the second one where there are few rows of
+features, so that its eigendecomposition would take longer than all iterations."""
 GROUP_SIZE = 1024
 SAMPLES = 1024
 """Samples that moments are taken over."""
@@ -440,7 +442,8 @@ class UBlocks:
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
         most = group_size(problem, m * b)
-        self.full = m * p <= min(FULL_SIZE, most)
+        few = samples * problem.targets.shape[1:-1].numel() < FEW_ROWS
+        self.full = m * p <= min(FEW_FULL_SIZE if few else FULL_SIZE, most)
         per = max(1, m) if self.full else max(1, most // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
         like = units.u
