@@ -110,6 +110,16 @@ def test_chunks_add_up_whether_features_are_kept_or_not(
     torch.testing.assert_close(problem.forward(corrected(problem, factors, O, pairs)), whole, rtol=1e-8, atol=1e-9)
 
 
+def test_small_units_are_left_out_for_no_more_than_is_allowed() -> None:
+    problem, factors, pairs = prepared(HEADS[0], "cross_entropy")
+    O = problem.forward(factors)
+    whole = corrected(problem, factors, O, pairs)
+    drop = 1e-2 * problem.value(whole)
+    fewer = corrected(problem, factors, O, pairs, drop)
+    assert 0 < fewer.n_units < whole.n_units
+    assert problem.value(fewer) <= problem.value(whole) + drop
+
+
 def test_of_many_pairs_the_largest_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, factors, pairs = prepared(HEADS[1], "squared")
     monkeypatch.setattr(correction, "MOST_PAIRS", 2)

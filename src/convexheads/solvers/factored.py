@@ -632,7 +632,10 @@ class Factored:
                 closed = bound if better is None else better.bound
                 if closed.relative_gap <= schedule.target:
                     looked = seen if better is None else better
-                    found = self.refit(current, self.exact_dtype(self.tol))[0] if looked is None else looked.refitted
+                    found = current if looked is None else looked.refitted
+                    if looked is None and not self.proves:
+                        # A proof solves for the intercept itself.
+                        found, _ = self.refit(current, self.exact_dtype(self.tol))
                     slim, closed = self.slim(found, closed, schedule.target, looked is None or looked.sure)
                     if closed.relative_gap <= self.slack * schedule.target:
                         solution = self.finish(slim, closed, "the relative gap reached tol")
@@ -899,7 +902,7 @@ class Factored:
 
         The gap is of first order in what is left out, the objective of second: as much is left out as keeps the gap.
         ``bound`` is the estimate with all units. Unless it is ``sure``, the gap that comes back may be above the
-        target. Factors have the intercept solved for, in float64.
+        target. Factors come back in float64, and with the intercept solved for where that of ``factors`` is.
         """
 
         allowed = min(max(target / SLACK, SLACK * bound.relative_gap), self.slack * target)

@@ -115,6 +115,11 @@ class Samples:
         """Rows of outputs a sample."""
         return self.targets.shape[1:-1].numel()
 
+    @property
+    def few(self) -> bool:
+        """Whether they have few rows of features, of all workers."""
+        return self.count * self.rows < FEW_ROWS
+
 
 class Preconditioner:
     """Inverse of the approximate Gauss-Newton matrix at given factors; applied to whole gradients.
@@ -169,12 +174,12 @@ class Preconditioner:
         centred = factors.intercept is not None
         self.v_blocks = [VBlocks(problem, k, units, centred) for k, units in enumerate(factors.units)]
         self.u_blocks = [
-            None if units.u is None or not len(units.u) else UBlocks(problem, k, units, samples.count, generator)
+            None if units.u is None or not len(units.u) else UBlocks(problem, k, units, samples, generator)
             for k, units in enumerate(factors.units)
         ]
         hessian = torch.zeros(problem.outputs, problem.outputs, dtype=dtype, device=problem.device)
         # Where little memory is allowed there is none for the heavy rows.
-        free = problem.budget.roomy and samples.count * samples.rows >= FEW_ROWS
+        free = problem.budget.roomy and not samples.few
         self.cores = Cores(problem, factors, outside, gap, samples.count, samples.rows) if outside and free else None
         outputwise = free and not problem.loss.constant_curvature
         curvatures = []
@@ -426,7 +431,7 @@ class UBlocks:
     sample resemble each other, so that more samples tell more than more of their rows.
     """
 
-    def __init__(self, problem: Problem, k: int, units: Units, samples: int, generator: torch.Generator) -> None:
+    def __init__(self, problem: Problem, k: int, units: Units, samples: Samples, generator: torch.Generator) -> None:
         self.component = problem.components[k]
         self.elements = max(16 * WORKSPACE, problem.budget.workspace)
         if problem.budget.limit is not None:
@@ -442,8 +447,7 @@ class UBlocks:
         a, b = self.component.form.u_matrix
         self.shape = (a, b)
         most = group_size(problem, m * b)
-        few = samples * problem.targets.shape[1:-1].numel() < FEW_ROWS
-        self.full = m * p <= min(FEW_FULL_SIZE if few else FULL_SIZE, most)
+        self.full = m * p <= min(FEW_FULL_SIZE if samples.few else FULL_SIZE, most)
         per = max(1, m) if self.full else max(1, most // b)
         self.groups = [slice(i, min(i + per, m)) for i in range(0, m, per)]
         like = units.u
@@ -461,9 +465,10 @@ class UBlocks:
         else:
             enough = max(64, ROWS_PER_COLUMN * columns // count, CHEAP_ROWS // self.numbers)
         # Every how many samples suffice.
-        self.stride = max(1, samples // enough)
+        self.stride = max(1, samples.count // enough)
         # Drawn for all samples, as noise is.
-        self.signs = torch.randint(0, 2, (samples, count, a), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        shape = (samples.count, count, a)
+        self.signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
     def add(self, stats: tuple[Tensor, ...], units: Units, E: Tensor, weights: Tensor, place: Tensor) -> None:
         """Add the second moments of these samples' gradients; residuals E (samples, s, c)."""

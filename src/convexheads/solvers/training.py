@@ -28,7 +28,7 @@ from convexheads.solvers.base import Solution, register
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.starts import random_factors
 from convexheads.solvers.units import filled, largest
-from convexheads.solvers.warmup import minibatches
+from convexheads.solvers.warmup import batches, minibatches
 from convexheads.types import Factors, History
 
 UNITS = 64
@@ -236,7 +236,7 @@ def train_adamw(
     learning_rate : the first one, of every weight and the intercept.
     epochs : passes over the samples.
     generator : of the shuffles.
-    batch_size : samples a step.
+    batch_size : samples a step at most; steps have even shares of them.
     watch : called after every epoch.
 
     Returns
@@ -247,7 +247,7 @@ def train_adamw(
     variables = start.like(x)
     tensors = variables.tensors()
     optimiser = torch.optim.AdamW(tensors, lr=learning_rate, weight_decay=0.0)
-    steps = epochs * math.ceil(problem.n / batch_size)
+    steps = epochs * batches(problem.n, batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for epoch in range(1, epochs + 1):
         for gradient in minibatches(problem, start, x, batch_size, generator):
