@@ -24,6 +24,7 @@ from convexheads.products import (
 )
 from convexheads.solvers import warmup
 from convexheads.solvers.preconditioner import Preconditioner
+from convexheads.types import Factors, Units
 
 can_be_set = pytest.mark.skipif(products._setting() is None, reason="this torch cannot be told oneDNN's precision")
 
@@ -379,3 +380,48 @@ def test_minibatches_are_larger_in_low_precision_where_there_are_many(
     found = warmup.adam_epochs(problem, start, 0.5, epochs, torch.Generator().manual_seed(0))
     assert max(sizes) == size
     assert problem.value(found) < before
+
+
+def with_small_unit(problem: Problem) -> Factors:
+    """Two units, rotated into three whose third principal one is next to nothing."""
+    whole = random_units(problem, 3).to(torch.float32)
+    units = whole.units[0]
+    assert units.u is not None
+    sizes = torch.tensor([1.0, 1.0, 1e-3])
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))[0]
+    u, v = ((turn @ (sizes[:, None] * t.flatten(1))).view(t.shape) if t.ndim > 1 else t for t in (units.u, units.v))
+    return Factors([Units(u, v, units.gate)], whole.intercept)
+
+
+def test_warmups_drop_the_smallest_principal_units_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(Case("self_attention", n=40))
+    start = with_small_unit(problem)
+    x = start.flat()
+    still = torch.zeros_like(x)
+    second = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    shapes, left, first, squares = warmup.pruned(problem, start, x, still, second)
+    assert [len(units.v) for units in shapes.units] == [2]
+    assert len(left) == len(first) == len(squares) == len(shapes.flat())
+    torch.testing.assert_close(problem.forward(shapes.like(left)), problem.forward(start), rtol=1e-2, atol=1e-4)
+    assert bool((squares >= 0).all())
+    # Rows of the map have norm one: no mean square of a new entry is above those that it is mixed of.
+    assert float(squares.max()) <= float(second.max()) * (1 + 1e-5)
+    # What the mean gradient says grows is kept, however small.
+    assert [len(units.v) for units in warmup.pruned(problem, start, x, -x, second)[0].units] == [3]
+    monkeypatch.setattr(warmup, "minibatches", lambda *args: iter([torch.zeros_like(args[2])]))
+    for epochs, units in ((1, 3), (2, 2), (5, 2)):
+        found = warmup.adam_epochs(problem, start, 0.5, epochs, torch.Generator())
+        assert found.n_units == units
+
+
+def test_ridge_branches_do_not_cost_units_in_warmups() -> None:
+    problem = float32_problem(Case("linear", n=40))
+    attention = float32_problem(Case("self_attention", n=40))
+    both = attention.with_components([*attention.components, *problem.components])
+    small = with_small_unit(attention)
+    ridge = random_units(problem).to(torch.float32).units[0]
+    start = Factors([small.units[0], Units(None, 1e4 * torch.ones_like(ridge.v))], small.intercept)
+    x = start.flat()
+    shapes, left, *_ = warmup.pruned(both, start, x, torch.zeros_like(x), torch.ones_like(x))
+    assert [len(units.v) for units in shapes.units] == [2, 1]
+    torch.testing.assert_close(shapes.like(left).units[1].v, start.units[1].v)

@@ -41,7 +41,7 @@ FIRST_UNITS, FEWER_UNITS, UNITS_POWER = 40, 32, -1 / 3
 one gate."""
 MANY_UNITS = 128
 """Units over all gates up to which each gate has at least 8."""
-SPARE = 0.01
+SPARE = 0.003
 """Share of the nuclear norm, in the smallest units, that is dropped after the first epochs ..."""
 SATURATED = 0.9
 """... and as many units again are added if more than this share of them is left."""
@@ -256,12 +256,12 @@ def resize(
     fresh = random_factors(problem, counts, generator, problem.dtype)
     units = []
     doubled = False
-    for component, small, full, new in zip(problem.components, slimmed.units, factors.units, fresh.units, strict=True):
+    for component, small, new in zip(problem.components, slimmed.units, fresh.units, strict=True):
         # A margin over the units in use: with too few, the factored objective stalls.
-        saturated = len(small.v) > SATURATED * len(full.v)
+        saturated = len(small.v) > SATURATED * len(new.v)
         room = min(
             vacant(component, small, slimmed.n_units, max_rank),
-            len(full.v) if saturated else len(small.v) // 6,
+            len(new.v) if saturated else len(small.v) // 6,
         )
         units.append(filled(small, new, room, generator))
         doubled = doubled or (saturated and len(units[-1].v) > len(small.v))

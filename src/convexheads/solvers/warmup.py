@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convexheads.problem import Problem, Sums
 from convexheads.products import low_precision
+from convexheads.solvers.units import no_units, principal_units, turned, turned_rows
 from convexheads.types import Factors
 
 BATCH, LARGE_BATCH, LARGE_STEPS = 512, 1024, 200
@@ -32,6 +33,8 @@ MOMENTUM, LAST, SQUARES = 0.95, 0.1, 0.95
 the mean square."""
 INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
+PRUNED_AT, PRUNED = 0.5, 0.01
+"""After this share of the epochs the smallest units go, which together have this share of the weight decay."""
 
 
 def lowered(problem: Problem, factors: Factors) -> Problem:
@@ -87,21 +90,17 @@ def adam_epochs(
     many = epochs * problem.n >= LARGE_STEPS * LARGE_BATCH
     large = problem.world.every(many and problem.low is not None)
     batch, share = (LARGE_BATCH, LARGE_SHARE) if large else (BATCH, SHARE)
-    x = factors.flat()
     # As vectors: a step takes few operations, however many tensors there are.
-    rates = torch.empty_like(x)
-    own = factors.like(rates)
-    for component, units in zip(problem.components, own.units, strict=True):
-        size = share * norm / math.sqrt(component.weight)
-        if units.u is not None:
-            units.u.fill_(size / math.sqrt(component.p))
-        units.v.fill_(size / math.sqrt(component.q))
-    if own.intercept is not None:
-        own.intercept.fill_(INTERCEPT_RATE)
-    first, second, root = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
+    x = factors.flat()
+    rates = step_sizes(problem, factors, share * norm)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
     steps = epochs * batches(problem.n, batch)
     step = 0
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        if epoch and epoch == round(PRUNED_AT * epochs):
+            factors, x, first, second = pruned(problem, factors, x, first, second)
+            rates = step_sizes(problem, factors, share * norm)
+        root = torch.empty_like(x)
         for gradient in minibatches(problem, factors, x, batch, generator):
             decay = 1.0 - step / steps
             step += 1
@@ -113,3 +112,33 @@ def adam_epochs(
             x.addcdiv_(first, root, value=-decay * correction * (1.0 - LAST) / (1.0 - MOMENTUM**step))
             x.addcdiv_(gradient, root, value=-decay * correction * LAST)
     return factors.like(x)
+
+
+def step_sizes(problem: Problem, shapes: Factors, size: float) -> Tensor:
+    """Step sizes of all variables, one vector: ``size`` is that of a whole unit of a component of weight 1."""
+    rates = torch.empty_like(shapes.flat())
+    own = shapes.like(rates)
+    for component, units in zip(problem.components, own.units, strict=True):
+        each = size / math.sqrt(component.weight)
+        if units.u is not None:
+            units.u.fill_(each / math.sqrt(component.p))
+        units.v.fill_(each / math.sqrt(component.q))
+    if own.intercept is not None:
+        own.intercept.fill_(INTERCEPT_RATE)
+    return rates
+
+
+def pruned(
+    problem: Problem, shapes: Factors, x: Tensor, first: Tensor, second: Tensor
+) -> tuple[Factors, Tensor, Tensor, Tensor]:
+    """Shapes and variables without the smallest principal units, and the moments of what is left.
+
+    Mini-batches then take less, and most of these units are on their way out. A rotation of units mixes entries: mean
+    squares are mixed as those of independent entries are.
+    """
+    units = shapes.like(x)
+    decay = problem.weight_decay(Factors([no_units(each) if each.u is None else each for each in units.units]))
+    maps = principal_units(problem, units, shapes.like(first), PRUNED * decay, math.inf)
+    squares = [None if rows is None else rows.square() for rows in maps]
+    x, first = turned_rows(torch.stack([x, first]), shapes, maps)
+    return turned(units, maps), x, first, turned_rows(second[None], shapes, squares)[0]
