@@ -389,7 +389,7 @@ def with_small_unit(problem: Problem) -> Factors:
     assert units.u is not None
     sizes = torch.tensor([1.0, 1.0, 1e-3])
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))[0]
-    u, v = ((turn @ (sizes[:, None] * t.flatten(1))).view(t.shape) if t.ndim > 1 else t for t in (units.u, units.v))
+    u, v = ((turn @ (sizes[:, None] * t.flatten(1))).view(t.shape) for t in (units.u, units.v))
     return Factors([Units(u, v, units.gate)], whole.intercept)
 
 
