@@ -154,6 +154,12 @@ def test_runs_are_repeated_and_threads_restored() -> None:
     timing, last = timed(lambda: calls.append(1) or len(calls), 3)
     assert (len(timing.runs), last) == (common.MOST_RUNS, 1 + common.MOST_RUNS)
     assert len(timed(lambda: time.sleep(0.7), 2)[0].runs) == 3
+    seen: list[int] = []
+    timing, last = timed(
+        lambda: calls.append(1) or len(calls), 1, lambda result: (seen.append(result), time.sleep(0.1))
+    )
+    assert seen == [last]
+    assert timing.median < 0.1
     before = torch.get_num_threads()
     with threads(before + 1):
         assert torch.get_num_threads() == before + 1

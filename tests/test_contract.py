@@ -533,6 +533,28 @@ def test_the_best_intercept_needs_few_hessians(name: str, shift: float, monkeypa
     assert 1 <= len(hessians) <= (1 if shift < 1 else 40)
 
 
+@every_loss
+def test_the_best_intercept_in_float32_does_not_move_along_flat_directions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding leaves a flat direction an eigenvalue, whose inverse is a jump along it."""
+    case = Case("mlp", n=200, c=17, loss=name)
+    problem = make_setting(case).problem
+    O = random_like(tuple(problem.targets.shape), 0).float()
+    start = problem.best_intercept(O.double()) + 0.03 * random_like((case.c,), 1)
+    hessians: list[int] = []
+    original = type(problem.loss).mean_hessian
+    monkeypatch.setattr(
+        type(problem.loss), "mean_hessian", lambda *args: (hessians.append(1), original(*args))[1], raising=True
+    )
+    b = problem.best_intercept(O, start, 1e-6)
+    assert b.dtype == torch.float32
+    assert len(hessians) <= 2
+    assert float((b - start).mean().abs()) < (1e-5 if problem.loss.shift_free else 0.03)
+    exact = problem.loss.gradient((O + b).double(), problem.targets, problem.weights)
+    assert float(exact.sum(0).abs().max()) < 1e-5
+
+
 # --------------------------------------------------------------------------------------------------
 # Solvers and certificates
 

@@ -578,7 +578,7 @@ class Problem:
         """The b in R^c that minimises f(O + 1 b^T), by Newton's method with step halving.
 
         O (n, c) or (n, s, c) outputs without intercept. Flat directions (softmax does not see a common shift) are
-        left alone by the pseudo-inverse. Ends where no entry of the gradient with respect to b, sum_i L_i, is above
+        left alone. Ends where no entry of the gradient with respect to b, sum_i L_i, is above
         ``accuracy``; None: where it is rounding, and another step no longer halves it.
         """
         targets, weights = self.targets_of(slice(0, self.n), O.dtype)
@@ -599,8 +599,7 @@ class Problem:
                 break
             # The start is next to the minimiser as a rule: a Hessian serves as long as it brings the gradient down.
             if inverse is None or size > CHORD * best:
-                hessian = self.loss.mean_hessian(O + b, targets, weights)
-                inverse, fresh = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-12), True
+                inverse, fresh = self._newton_inverse(self.loss.mean_hessian(O + b, targets, weights)), True
             best = min(best, size)
             step = inverse @ gradient
             scale = 1.0
@@ -616,6 +615,14 @@ class Problem:
                     break
                 inverse = None
         return b
+
+    def _newton_inverse(self, hessian: Tensor) -> Tensor:
+        """The inverse of an intercept's Hessian (c, c), without its flat directions."""
+        exact = hessian.double()
+        if self.loss.shift_free:
+            # A common shift is flat: as the rounding of float32 has it, its inverse would be a jump along it.
+            exact = exact + exact.diagonal().mean()
+        return torch.linalg.pinv(exact, hermitian=True, rtol=1e-12).to(hessian.dtype)
 
     def null_outputs(self) -> tuple[Tensor, Tensor | None]:
         """Outputs O_0 of the empty head, and its intercept: zero, or the best constant."""

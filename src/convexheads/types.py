@@ -89,7 +89,8 @@ class Factors:
 
     def like(self, vector: Tensor) -> Factors:
         """The variables held in ``vector``, in this object's shapes (views, no copy)."""
-        parts = iter(vector.split([t.numel() for t in self.tensors()]))
+        # Without what Tensor.split does before it gets there.
+        parts = iter(torch.split_with_sizes(vector, [t.numel() for t in self.tensors()]))
 
         def take(shape: Tensor) -> Tensor:
             return next(parts).view(shape.shape)

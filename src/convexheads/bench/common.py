@@ -182,16 +182,20 @@ def missed(reached: Check, gap: float) -> str:
     return "not at the gap asked for" if reached.relative_gap > 1.01 * gap else ""
 
 
-def timed(function: Callable[[], T], repeats: int) -> tuple[Timing, T]:
+def timed(
+    function: Callable[[], T], repeats: int, after: Callable[[T], object] = lambda result: None
+) -> tuple[Timing, T]:
     """Run repeatedly, until ``repeats`` or until a minute is spent; returns the seconds and the last result.
 
-    Where it is to be repeated at all, what is brief is run more often.
+    Where it is to be repeated at all, what is brief is run more often. ``after`` is given the result of each run, on
+    no clock.
     """
     runs: list[float] = []
     while True:
         start = time.perf_counter()
         result = function()
         runs.append(time.perf_counter() - start)
+        after(result)
         spent = sum(runs)
         brief = repeats > 1 and spent < BRIEF and len(runs) < MOST_RUNS
         if spent >= ENOUGH or (len(runs) >= repeats and not brief):

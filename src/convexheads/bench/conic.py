@@ -8,8 +8,9 @@ the gap that each of them has reached.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,21 +135,25 @@ def _compare(size: tuple[int, int, int], peers: list[str], result: Result, setti
     compared = Compared(f"{d * d} x {d * c}, n = {n}", {})
     result.curves[compared.name] = {}
     for peer in peers:
-        settings.say(f"conic: {peer} on {compared.name} ...")
-        timing, solution = _timed_peer(Lifted(task), peer, settings.repeats)
+        settings.say(f"conic: {peer} on {compared.name}, and ours to its gap after each run ...")
+        ours = Ours(task, settings)
+        timing, solution = _timed_peer(Lifted(task), peer, settings.repeats, ours.follow)
         if solution is None:
             result.rows.append(row(compared.name, peer, timing, None, note=f"no solution within {MINUTE:g} s"))
             continue
         reached = check(task, solution)
         result.rows.append(row(compared.name, peer, timing, reached, tol=None, rank=None))
         result.curves[compared.name][peer] = _point(reached, timing.median)
+        ours.record(compared.name, peer, result)
         if timing.median <= MINUTE:
-            compared.seconds[peer] = timing.median, _ours(task, compared.name, peer, reached, result, settings)
+            compared.seconds[peer] = timing.median, ours.timing.median
     return compared
 
 
-def _timed_peer(program: Lifted, peer: str, repeats: int) -> tuple[Timing, Solution | None]:
-    """Runs as in :func:`timed`, by the solver's own clock."""
+def _timed_peer(
+    program: Lifted, peer: str, repeats: int, follow: Callable[[Solution], None]
+) -> tuple[Timing, Solution | None]:
+    """Runs as in :func:`timed`, by the solver's own clock, each of them followed by ``follow`` where it found one."""
     clock: list[float] = []
 
     def once() -> Solution | None:
@@ -156,29 +161,47 @@ def _timed_peer(program: Lifted, peer: str, repeats: int) -> tuple[Timing, Solut
         clock.append(seconds)
         return solution
 
-    _, solution = timed(once, repeats)
+    _, solution = timed(once, repeats, lambda found: None if found is None else follow(found))
     return Timing(tuple(clock)), solution
 
 
-def _ours(task: Task, name: str, peer: str, peers: Check, result: Result, settings: Settings) -> float:
-    """Seconds of our fit to the peer's gap; its row and curve go into the result."""
-    tol = min(0.5, max(LEAST_TOL, peers.relative_gap))
-    settings.say(f"conic: ours on {name} to a gap of {tol:.1e} ...")
-    labels = task.Y.argmax(1)
+class Ours:
+    """Our fits to the gap of a peer, some after each of its runs.
 
-    def fit() -> Any:
-        head = ConvexHeadClassifier("self_attention", beta=task.beta, tol=tol, random_state=settings.seed)
+    A fit takes a tenth of a second, so that all of them in a row would tell how fast the machine is just then.
+    """
+
+    def __init__(self, task: Task, settings: Settings) -> None:
+        self.task, self.settings = task, settings
+        self.runs: list[float] = []
+        self.tol: float | None = None
+        self.head: Any = None
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(tuple(self.runs))
+
+    def follow(self, peers: Solution) -> None:
+        """Fit, repeatedly, after a run of the peer that has found this solution: the same one in every run."""
+        if self.tol is None:
+            self.tol = min(0.5, max(LEAST_TOL, check(self.task, peers).relative_gap))
+        timing, self.head = timed(partial(self._fit, self.tol), self.settings.repeats)
+        self.runs += timing.runs
+
+    def _fit(self, tol: float) -> ConvexHeadClassifier:
+        head = ConvexHeadClassifier("self_attention", beta=self.task.beta, tol=tol, random_state=self.settings.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
-            return head.fit(task.X, labels)
+            return head.fit(self.task.X, self.task.Y.argmax(1))
 
-    timing, head = timed(fit, settings.repeats)
-    (block,) = head.blocks_
-    reached = check(task, Solution([block.u], [block.v], head.intercept_))
-    method = f"ours, gap of {peer}"
-    result.rows.append(row(name, method, timing, reached, note=missed(reached, tol), tol=tol, rank=head.rank_))
-    result.curves[name][method] = curve(head.history_, reached, timing.median)
-    return timing.median
+    def record(self, name: str, peer: str, result: Result) -> None:
+        """The row and the curve of the fits."""
+        assert self.tol is not None
+        (block,) = self.head.blocks_
+        reached = check(self.task, Solution([block.u], [block.v], self.head.intercept_))
+        method, note = f"ours, gap of {peer}", missed(reached, self.tol)
+        result.rows.append(row(name, method, self.timing, reached, note=note, tol=self.tol, rank=self.head.rank_))
+        result.curves[name][method] = curve(self.head.history_, reached, self.timing.median)
 
 
 def _point(reached: Check, seconds: float) -> dict[str, list[float]]:

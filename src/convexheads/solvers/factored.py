@@ -601,14 +601,16 @@ class Factored:
         message = f"max_iter = {self.max_iter} was reached"
         while True:
             x, gradient = optimiser.x, optimiser.gradient
+            norm = float(torch.linalg.vector_norm(gradient))
             # The steadied gradient is smaller by a small factor: far away there is no need to look.
-            if self.ridge_only or schedule.due(self.n_iter, float(gradient.norm()), HOPEFUL):
+            if self.ridge_only or schedule.due(self.n_iter, norm, HOPEFUL):
                 x, gradient = optimiser.steadied()
+                norm = float(torch.linalg.vector_norm(gradient))
             if self.ridge_only:
                 bound = self.foreseen(optimiser.value, shapes.like(gradient))
                 due = bound.relative_gap <= schedule.target or self.n_iter % RIDGE_REPORTS == 0
             else:
-                due = schedule.due(self.n_iter, float(gradient.norm()), LIKELY)
+                due = schedule.due(self.n_iter, norm, LIKELY)
             if due:
                 current = shapes.like(x)
                 seen: Look | None = None

@@ -128,10 +128,10 @@ class CurvaturePairs:
     def scale(self) -> float:
         """s'y / y'H0 y, how much too small H0 is: the geometric mean of the newest pairs, as single ones jump."""
         recent = slice(max(0, len(self.order) - SCALED), len(self.order))
-        curved, guessed = self.products.diagonal()[recent], self.inner.diagonal()[recent]
+        curved, guessed = self.products.diagonal()[recent].tolist(), self.inner.diagonal()[recent].tolist()
         # Rounding may leave nothing of a small y in its image.
-        sound = guessed > 0.0
-        return float(np.exp(np.mean(np.log(curved[sound] / guessed[sound])))) if sound.any() else 1.0
+        logs = [math.log(a / b) for a, b in zip(curved, guessed, strict=True) if b > 0.0]
+        return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
     def direction(self, gradient: Tensor, image: Tensor, scale: float) -> Tensor:
         """Minus the inverse Hessian times ``gradient``, from ``scale`` H0; ``image`` is H0 times the gradient."""
@@ -228,7 +228,8 @@ class LBFGS:
         """
         self._evaluated()
         places, gradients = (torch.stack(list(part)) for part in zip(*self.recent, strict=True))
-        gram = (gradients.double() @ gradients.double().mT).cpu().numpy()
+        exact = gradients.double()
+        gram = (exact @ exact.mT).cpu().numpy()
         gram += 1e-10 * np.trace(gram) * np.eye(len(gram))
         if not np.trace(gram) > 0:
             return self.x, self.gradient
@@ -286,13 +287,14 @@ class LBFGS:
 
     def _accept(self, x: Tensor, value: float, gradient: Tensor) -> bool:
         s, y = x - self.x, gradient - self.gradient
-        size, curvature = float(s @ s), float(s @ y)
+        size, curvature, change = float(s @ s), float(s @ y), float(y @ y)
         before = self._image
         self.x, self._here, self._image = x, (value, gradient), None
-        if curvature > LEAST_CURVATURE * math.sqrt(size * float(y @ y)):
+        if curvature > LEAST_CURVATURE * math.sqrt(size * change):
             # What the next direction needs says what became of y.
             image = self._applied(y) if before is None else self.image - before
-            if before is not None and not float(y @ image) > LEAST_CURVATURE * float(y.norm() * image.norm()):
+            least = LEAST_CURVATURE * math.sqrt(change * float(image @ image))
+            if before is not None and not float(y @ image) > least:
                 # A difference that is rounding: better anew.
                 image = self._applied(y)
             self.pairs.append(s, y, image)

@@ -209,6 +209,7 @@ class Preconditioner:
             self.cores.finish(centred)
         self.intercept_inverse: Tensor | None = None
         if centred:
+            self.evenly = torch.full_like(hessian[:, :1], 1.0 / problem.outputs)
             alone = samples.outputs is None
             self.intercept_inverse = (
                 torch.linalg.pinv(hessian, hermitian=True, rtol=1e-5) if alone else torch.zeros_like(hessian)
@@ -281,7 +282,7 @@ class Preconditioner:
             moved = intercept @ self.intercept_inverse
             if self.problem.loss.shift_free:
                 # A common shift of the intercept changes nothing: there must be none.
-                intercept = intercept - intercept.mean(1, keepdim=True)
+                intercept = intercept - self._shift(intercept)
         found, start = [], 0
         for u_size, v_blocks, u_blocks in zip(self.u_sizes, self.v_blocks, self.u_blocks, strict=True):
             middle, end = start + u_size, start + u_size + v_blocks.numbers
@@ -294,9 +295,13 @@ class Preconditioner:
             start = end
         if moved is not None:
             if self.problem.loss.shift_free:
-                moved -= moved.mean(1, keepdim=True)
+                moved -= self._shift(moved)
             found.append(moved)
         return torch.cat(found, 1)
+
+    def _shift(self, intercepts: Tensor) -> Tensor:
+        """The mean of each row (r, c): by a product, which is called with a third of the ado of a mean."""
+        return intercepts @ self.evenly
 
 
 class HeavyRows:
