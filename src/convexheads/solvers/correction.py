@@ -110,11 +110,9 @@ class Correction:
             return y
         scale = size / curvature
         size, direction, image = scale * size, scale * direction, scale * image
+        curvature *= scale * scale
         enough = ACCURACY**2 * size
         for _ in range(STEPS):
-            curvature = float(direction @ image)
-            if not curvature > 0.0:
-                break
             t = size / curvature
             y, residual = y + t * direction, residual - t * image
             inner, outer = residual.split([sum(self.sizes), len(self.inverse)])
@@ -124,6 +122,9 @@ class Correction:
                 break
             direction = turned + (size / before) * direction
             image = self.apply(direction)
+            curvature = float(direction @ image)
+            if not curvature > 0.0:
+                break
         return y
 
 

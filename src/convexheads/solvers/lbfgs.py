@@ -85,7 +85,8 @@ class CurvaturePairs:
     def append(self, s: Tensor, y: Tensor, image: Tensor) -> None:
         """Add a pair with s'y > 0 and the image H0 y; the oldest goes where there are too many."""
         row = self._free_row()
-        self.moves[row, 0], self.moves[row, 1], self.Y[row] = s, image, y
+        torch.stack([s, image], out=self.moves[row])
+        self.Y[row] = y
         self.order.append(row)
         held = len(self.order)
         new = self._along(y)
@@ -249,13 +250,13 @@ class LBFGS:
                 return False
         t = 1.0
         for _ in range(12):
-            x = self.x + t * direction
+            x = torch.add(self.x, direction, alpha=t)
             value, gradient = self.evaluate(x)
             self.n_evaluations += 1
+            if value <= self.value + 1e-4 * t * slope:
+                return self._accept(x, value, gradient)
             new_slope = float(gradient @ direction)
-            if value <= self.value + 1e-4 * t * slope or (
-                value <= self.value + self.noise * abs(self.value) and abs(new_slope) <= 0.9 * abs(slope)
-            ):
+            if value <= self.value + self.noise * abs(self.value) and abs(new_slope) <= 0.9 * abs(slope):
                 return self._accept(x, value, gradient)
             t *= self._shrink(t, value, slope, new_slope)
         self.pairs.clear()

@@ -93,14 +93,13 @@ def adam_epochs(
     # As vectors: a step takes few operations, however many tensors there are.
     x = factors.flat()
     rates = step_sizes(problem, factors, share * norm)
-    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    first, second, root = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
     steps = epochs * batches(problem.n, batch)
     step = 0
     for epoch in range(epochs):
         if epoch and epoch == round(PRUNED_AT * epochs):
             factors, x, first, second = pruned(problem, factors, x, first, second)
-            rates = step_sizes(problem, factors, share * norm)
-        root = torch.empty_like(x)
+            rates, root = step_sizes(problem, factors, share * norm), torch.empty_like(x)
         for gradient in minibatches(problem, factors, x, batch, generator):
             decay = 1.0 - step / steps
             step += 1
