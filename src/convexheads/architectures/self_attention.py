@@ -5,6 +5,8 @@ u = W1 in R^{d x d} holds query times key, v = W2 in R^{d x c} value times outpu
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,17 @@ from convexheads.architectures.base import (
     register,
 )
 from convexheads.products import aligned_product
+
+
+@cache
+def _symmetric_places(width: int, device: torch.device) -> Tensor:
+    """Numbers of the entries of a symmetric matrix among those of its upper triangle, row by row: (width, width)."""
+    # Of use in any mode, wherever it is first asked for.
+    with torch.inference_mode(False):
+        k, l = torch.triu_indices(width, width, device=device)
+        place = torch.empty(width, width, dtype=torch.long, device=device)
+        place[k, l] = place[l, k] = torch.arange(len(k), device=device)
+    return place
 
 
 class _Square(Architecture):
@@ -42,10 +55,7 @@ class _Pooled(_Square):
         return (self.features + 1) / 2
 
     def spread(self, adjoint: Tensor) -> Tensor:
-        k, l = torch.triu_indices(self.features, self.features, device=adjoint.device)
-        place = torch.empty(self.features, self.features, dtype=torch.long, device=adjoint.device)
-        place[k, l] = place[l, k] = torch.arange(len(k), device=adjoint.device)
-        return adjoint[:, place].flatten(0, 1)
+        return adjoint[:, _symmetric_places(self.features, adjoint.device)].flatten(0, 1)
 
 
 class PooledLinearSelfAttention(_Pooled):
