@@ -222,6 +222,8 @@ class _Workers(World):
         )
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
+        if self._lost:  # on its way out already, with an error to tell
+            return
         raise self._gone("this worker was told to stop, as torchrun does when another one has ended")
 
     def _finish(self, work: Any, on_gpu: bool) -> None:
@@ -291,10 +293,12 @@ class _Workers(World):
     def close(self) -> None:
         """Leave the run."""
         self._stop.set()
+        if self._lost:
+            # torchrun is about to tell this worker to stop, which must not end it before it has told why.
+            return
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
-        if not self._lost:
-            self._dist.destroy_process_group()
+        self._dist.destroy_process_group()
 
 
 def _in_main_thread() -> bool:
