@@ -315,6 +315,20 @@ def test_conic_programs_grow_to_the_largest_one_of_a_minute(monkeypatch: pytest.
     assert ratio.target == conic.TARGET
 
 
+def test_brief_conic_runs_are_followed_by_no_more_fits_than_others() -> None:
+    """Each is followed by seconds of fits, and there may be many."""
+    task = conic.planted(20, 2, 2, 0)
+    ours = conic.Ours(task, Settings(repeats=2))
+    ours._fit = lambda: calls.append(1)  # type: ignore[assignment,method-assign,return-value]
+    calls: list[int] = []
+    ours.follow(None)
+    assert ours.peers is None
+    for _ in range(4):
+        ours.follow(conic.factored(np.zeros((4, 4)), np.zeros(2)))
+    assert ours.peers is not None
+    assert len(ours.timing.runs) == len(calls) == 2 * common.MOST_RUNS
+
+
 def test_the_names_of_the_command_are_those_of_the_package() -> None:
     assert tuple(BENCHMARKS) == bench_command.NAMES
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,23 +136,20 @@ def _compare(size: tuple[int, int, int], peers: list[str], result: Result, setti
     for peer in peers:
         settings.say(f"conic: {peer} on {compared.name}, and ours to its gap after each run ...")
         ours = Ours(task, settings)
-        timing, solution = _timed_peer(Lifted(task), peer, settings.repeats, ours.follow)
-        if solution is None:
+        timing = _timed_peer(Lifted(task), peer, settings.repeats, ours.follow)
+        if ours.peers is None:
             result.rows.append(row(compared.name, peer, timing, None, note=f"no solution within {MINUTE:g} s"))
             continue
-        reached = check(task, solution)
-        result.rows.append(row(compared.name, peer, timing, reached, tol=None, rank=None))
-        result.curves[compared.name][peer] = _point(reached, timing.median)
+        result.rows.append(row(compared.name, peer, timing, ours.peers, tol=None, rank=None))
+        result.curves[compared.name][peer] = _point(ours.peers, timing.median)
         ours.record(compared.name, peer, result)
         if timing.median <= MINUTE:
             compared.seconds[peer] = timing.median, ours.timing.median
     return compared
 
 
-def _timed_peer(
-    program: Lifted, peer: str, repeats: int, follow: Callable[[Solution], None]
-) -> tuple[Timing, Solution | None]:
-    """Runs as in :func:`timed`, by the solver's own clock, each of them followed by ``follow`` where it found one."""
+def _timed_peer(program: Lifted, peer: str, repeats: int, follow: Callable[[Solution | None], None]) -> Timing:
+    """Runs as in :func:`timed`, by the solver's own clock; ``follow`` is given what each of them has found."""
     clock: list[float] = []
 
     def once() -> Solution | None:
@@ -161,42 +157,54 @@ def _timed_peer(
         clock.append(seconds)
         return solution
 
-    _, solution = timed(once, repeats, lambda found: None if found is None else follow(found))
-    return Timing(tuple(clock)), solution
+    timed(once, repeats, follow)
+    return Timing(tuple(clock))
 
 
 class Ours:
     """Our fits to the gap of a peer, some after each of its runs.
 
     A fit takes a tenth of a second, so that all of them in a row would tell how fast the machine is just then.
+
+    Attributes
+    ----------
+    peers : what the peer has reached, the same in every run; None where it has found no solution.
     """
 
     def __init__(self, task: Task, settings: Settings) -> None:
         self.task, self.settings = task, settings
-        self.runs: list[float] = []
-        self.tol: float | None = None
+        self.timings: list[Timing] = []
+        self.peers: Check | None = None
         self.head: Any = None
 
     @property
     def timing(self) -> Timing:
-        return Timing(tuple(self.runs))
+        return Timing(tuple(seconds for timing in self.timings for seconds in timing.runs))
 
-    def follow(self, peers: Solution) -> None:
-        """Fit, repeatedly, after a run of the peer that has found this solution: the same one in every run."""
-        if self.tol is None:
-            self.tol = min(0.5, max(LEAST_TOL, check(self.task, peers).relative_gap))
-        timing, self.head = timed(partial(self._fit, self.tol), self.settings.repeats)
-        self.runs += timing.runs
+    @property
+    def tol(self) -> float:
+        """The gap that is asked for."""
+        assert self.peers is not None
+        return min(0.5, max(LEAST_TOL, self.peers.relative_gap))
 
-    def _fit(self, tol: float) -> ConvexHeadClassifier:
-        head = ConvexHeadClassifier("self_attention", beta=self.task.beta, tol=tol, random_state=self.settings.seed)
+    def follow(self, solution: Solution | None) -> None:
+        """Fit, repeatedly, after each of the first ``repeats`` runs of the peer that have found a solution."""
+        if solution is None or len(self.timings) == self.settings.repeats:
+            return
+        self.peers = self.peers or check(self.task, solution)
+        timing, self.head = timed(self._fit, self.settings.repeats)
+        self.timings.append(timing)
+
+    def _fit(self) -> ConvexHeadClassifier:
+        head = ConvexHeadClassifier(
+            "self_attention", beta=self.task.beta, tol=self.tol, random_state=self.settings.seed
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             return head.fit(self.task.X, self.task.Y.argmax(1))
 
     def record(self, name: str, peer: str, result: Result) -> None:
         """The row and the curve of the fits."""
-        assert self.tol is not None
         (block,) = self.head.blocks_
         reached = check(self.task, Solution([block.u], [block.v], self.head.intercept_))
         method, note = f"ours, gap of {peer}", missed(reached, self.tol)
