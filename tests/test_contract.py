@@ -514,6 +514,16 @@ def test_the_best_intercept(name: str, tokens: bool) -> None:
         assert problem.loss.value(O + moved, problem.targets, problem.weights) >= best - 1e-12
 
 
+def counted_hessians(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets an entry for every mean Hessian from now on."""
+    hessians: list[int] = []
+    original = type(problem.loss).mean_hessian
+    monkeypatch.setattr(
+        type(problem.loss), "mean_hessian", lambda *args: (hessians.append(1), original(*args))[1], raising=True
+    )
+    return hessians
+
+
 @every_loss
 @pytest.mark.parametrize("shift", [1e-3, 30.0])
 def test_the_best_intercept_needs_few_hessians(name: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,11 +532,7 @@ def test_the_best_intercept_needs_few_hessians(name: str, shift: float, monkeypa
     problem = make_setting(case).problem
     O = random_like(tuple(problem.targets.shape), 0)
     best = problem.best_intercept(O)
-    hessians: list[int] = []
-    original = type(problem.loss).mean_hessian
-    monkeypatch.setattr(
-        type(problem.loss), "mean_hessian", lambda *args: (hessians.append(1), original(*args))[1], raising=True
-    )
+    hessians = counted_hessians(problem, monkeypatch)
     start = best + shift * random_like((case.c,), 1)
     b = problem.best_intercept(O, start, 1e-9)
     assert float(problem.loss.gradient(O + b, problem.targets, problem.weights).sum(0).abs().max()) <= 1e-9
@@ -542,11 +548,7 @@ def test_the_best_intercept_in_float32_does_not_move_along_flat_directions(
     problem = make_setting(case).problem
     O = random_like(tuple(problem.targets.shape), 0).float()
     start = problem.best_intercept(O.double()) + 0.03 * random_like((case.c,), 1)
-    hessians: list[int] = []
-    original = type(problem.loss).mean_hessian
-    monkeypatch.setattr(
-        type(problem.loss), "mean_hessian", lambda *args: (hessians.append(1), original(*args))[1], raising=True
-    )
+    hessians = counted_hessians(problem, monkeypatch)
     b = problem.best_intercept(O, start, 1e-6)
     assert b.dtype == torch.float32
     assert len(hessians) <= 2

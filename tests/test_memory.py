@@ -328,32 +328,35 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with a small limit, nor where the C library knows no such setting."""
+    """With a small limit no more of them than it has room for; nothing where the library has no such setting."""
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(memory, "_library", lambda name: lambda *args: calls.append(args))
     X = np.random.default_rng(0).standard_normal((1200, 2, 3)).astype(np.float32)
     y = X[:, 0, 0] > 0
     kept = [(memory.M_MMAP_THRESHOLD, memory.MOST_MAPPED), (memory.M_TRIM_THRESHOLD, memory.MOST_KEPT)]
-    left = [(memory.M_TRIM_THRESHOLD, 2 * memory.MOST_MAPPED)]
+    left = [(memory.M_MMAP_THRESHOLD, memory.MOST_MAPPED), (memory.M_TRIM_THRESHOLD, 2 * memory.MOST_MAPPED)]
     ConvexHeadClassifier("mixer", beta_ratio=0.3).fit(X, y)
     assert calls == kept + left
     calls.clear()
     ConvexHeadClassifier("mixer", beta_ratio=0.3).fit(X[:900], y[:900])
-    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit=memory.KEEPING - 1).fit(X, y)
     assert not calls
     ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit=memory.KEEPING).fit(X, y)
     assert calls == kept + left
     calls.clear()
-    with pytest.raises(KeyboardInterrupt), memory.keeping_pages():
+    ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="32MB").fit(X[:900], y[:900])
+    assert calls == [(memory.M_MMAP_THRESHOLD, 2 * MB), (memory.M_TRIM_THRESHOLD, 4 * MB), *left]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt), memory.suited_heap():
         raise KeyboardInterrupt
     assert calls == kept + left
     monkeypatch.setattr(memory, "_library", lambda name: None)
-    with memory.keeping_pages():
+    with memory.suited_heap():
         assert calls == kept + left
 
 
 @pytest.mark.skipif(memory._library("mallopt") is None, reason="another C library")
 def test_the_c_library_takes_these_settings() -> None:
     setting = memory._library("mallopt")
+    assert setting(memory.M_MMAP_THRESHOLD, memory.SMALLEST // memory.SINGLE) == 1
     assert setting(memory.M_MMAP_THRESHOLD, memory.MOST_MAPPED) == 1
     assert setting(memory.M_TRIM_THRESHOLD, 2 * memory.MOST_MAPPED) == 1

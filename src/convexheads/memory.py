@@ -44,7 +44,10 @@ KERNELS = 400 * 10**6
 ROOMY = 10**9
 """... and those from which a limit has room for them."""
 KEEPING = 64 * 10**6
-"""Limit from which freed pages are kept within a fit: some MB of them are in holes."""
+"""Limit from which freed pages are kept within a fit: some MB of them are in holes; ..."""
+SINGLE, AT_END = 16, 8
+"""... below, blocks above the first share of it are mapped by themselves, and no more than the second one stays free at
+the heap's end."""
 TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
 MAPPED = 2 * 2**20
@@ -156,25 +159,30 @@ def trim() -> None:
 
 
 @contextlib.contextmanager
-def keeping_pages(worth: bool = True) -> Iterator[None]:
-    """Within it the C library keeps the pages of freed blocks for the next ones (glibc).
+def suited_heap(large: bool = True) -> Iterator[None]:
+    """Within it the C library (glibc) treats the pages of freed blocks as suits passes over chunks of samples.
 
-    Nothing changes where it is not ``worth`` it, or a limit leaves no room for what lies in holes.
-
-    It would give them back whenever some megabytes are free at the end of its heap, and map every larger block anew:
-    in passes over chunks of samples the system then clears as many pages as the temporaries of all chunks have.
+    By itself it gives pages back whenever some megabytes are free at the end of its heap, and maps every larger block
+    anew: the system then clears as many pages as the temporaries of all chunks have. Therefore pages are kept where
+    temporaries are ``large``. A small limit has no room for that, nor for what the library keeps by itself, which
+    grows to twice the largest block that was ever freed: there both sizes are shares of the limit.
     """
     limit = current().limit
-    setting = _library("mallopt") if worth and (limit is None or limit >= KEEPING) else None
+    if limit is not None and limit < KEEPING:
+        mapped, kept = limit // SINGLE, limit // AT_END
+    else:
+        mapped, kept = MOST_MAPPED, MOST_KEPT if large else 0
+    setting = _library("mallopt") if kept else None
     if setting is None:
         yield
         return
     # Neither can be read: what is left behind is the most that the library arrives at by itself.
-    setting(M_MMAP_THRESHOLD, MOST_MAPPED)
-    setting(M_TRIM_THRESHOLD, MOST_KEPT)
+    setting(M_MMAP_THRESHOLD, mapped)
+    setting(M_TRIM_THRESHOLD, kept)
     try:
         yield
     finally:
+        setting(M_MMAP_THRESHOLD, MOST_MAPPED)
         setting(M_TRIM_THRESHOLD, 2 * MOST_MAPPED)
         trim()
 

@@ -578,8 +578,8 @@ class Problem:
         """The b in R^c that minimises f(O + 1 b^T), by Newton's method with step halving.
 
         O (n, c) or (n, s, c) outputs without intercept. Flat directions (softmax does not see a common shift) are
-        left alone. Ends where no entry of the gradient with respect to b, sum_i L_i, is above
-        ``accuracy``; None: where it is rounding, and another step no longer halves it.
+        left alone. Ends where no entry of the gradient with respect to b, sum_i L_i, is above ``accuracy``; None: where
+        it is rounding, and another step no longer halves it.
         """
         targets, weights = self.targets_of(slice(0, self.n), O.dtype)
         axes = tuple(range(O.ndim - 1))

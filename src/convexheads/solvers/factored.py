@@ -26,7 +26,7 @@ from convexheads.certificate import (
     penalty,
     rescaled_bound,
 )
-from convexheads.memory import keeping_pages
+from convexheads.memory import suited_heap
 from convexheads.problem import Problem
 from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
@@ -157,6 +157,11 @@ def curvature_pairs(problem: Problem, x: Tensor) -> int:
     """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
     limit = problem.budget.limit
     return MEMORY if limit is None else max(4, min(MEMORY, limit // (48 * x.numel() * x.element_size())))
+
+
+def length(vector: Tensor) -> float:
+    """The Euclidean norm, without what Tensor.norm does before it gets there."""
+    return float(torch.linalg.vector_norm(vector))
 
 
 def known_fall(values: list[float]) -> float:
@@ -600,17 +605,15 @@ class Factored:
         bound: Certificate | None = None
         message = f"max_iter = {self.max_iter} was reached"
         while True:
-            x, gradient = optimiser.x, optimiser.gradient
-            norm = float(torch.linalg.vector_norm(gradient))
             # The steadied gradient is smaller by a small factor: far away there is no need to look.
-            if self.ridge_only or schedule.due(self.n_iter, norm, HOPEFUL):
+            due = self.ridge_only or schedule.due(self.n_iter, length(optimiser.gradient), HOPEFUL)
+            if due:
                 x, gradient = optimiser.steadied()
-                norm = float(torch.linalg.vector_norm(gradient))
-            if self.ridge_only:
-                bound = self.foreseen(optimiser.value, shapes.like(gradient))
-                due = bound.relative_gap <= schedule.target or self.n_iter % RIDGE_REPORTS == 0
-            else:
-                due = schedule.due(self.n_iter, norm, LIKELY)
+                if self.ridge_only:
+                    bound = self.foreseen(optimiser.value, shapes.like(gradient))
+                    due = bound.relative_gap <= schedule.target or self.n_iter % RIDGE_REPORTS == 0
+                else:
+                    due = schedule.due(self.n_iter, length(gradient), LIKELY)
             if due:
                 current = shapes.like(x)
                 seen: Look | None = None
@@ -662,7 +665,7 @@ class Factored:
                     gradient = optimiser.gradient
                 spacing = 0 if self.ridge_only else self.spacing(shapes)
                 reach = max(self.polishable(shapes, schedule.target), self.correctable(schedule.target))
-                schedule.checked(self.n_iter, spacing, bound.relative_gap, float(gradient.norm()), reach)
+                schedule.checked(self.n_iter, spacing, bound.relative_gap, length(gradient), reach)
             if self.n_iter >= self.max_iter:
                 break
             near = bound is not None and bound.relative_gap <= NEARLY * self.tol
@@ -961,7 +964,7 @@ def solve_factored(
     """
     # Without the bookkeeping for derivatives that nothing takes here, a call takes an eighth less time. A fit of few
     # samples has no large temporaries, and takes less than giving pages back.
-    with torch.inference_mode(), keeping_pages(problem.n >= WARMUP_SAMPLES), fast_products(largest_product(problem)):
+    with torch.inference_mode(), suited_heap(problem.n >= WARMUP_SAMPLES), fast_products(largest_product(problem)):
         state = Factored(problem, tol, max_iter, max_rank, random_state, progress, prove)
         solution = state.solve(init, resumed)
     # What was made in that mode can never be differentiated.
