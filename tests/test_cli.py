@@ -172,8 +172,8 @@ def test_fit_every_head(head: str, activation: str, store: Path, tmp_path: Path,
 
 def test_fit_by_validation(store: Path, tmp_path: Path, run: Run) -> None:
     status, _, err = run(
-        "fit", store, "--head", "mlp", "--beta-ratios", "0.3,0.1", "--out", tmp_path / "m.safetensors",
-        "--json", tmp_path / "fit.json",
+        "fit", store, "--head", "mlp", "--beta-ratios", "0.3,0.1", "--path-until", "validation",
+        "--out", tmp_path / "m.safetensors", "--json", tmp_path / "fit.json",
     )  # fmt: skip
     assert status == 0, err
     result = json.loads((tmp_path / "fit.json").read_text())

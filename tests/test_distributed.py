@@ -53,13 +53,18 @@ def options(store: Path, out: Path, *more: str) -> list[str]:
     return ["fit", str(store), "--out", str(out), *HEAD, "--tol", "1e-7", "--threads", "1", *more]
 
 
+UNTIL = ["--path-until", "validation"]
+
+
 def one_process(store: Path, out: Path, *more: str) -> dict[str, Any]:
     result = out.with_suffix(".json")
     assert main(options(store, out, "--quiet", "--json", str(result), *more)) == 0
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize("beta", [["--beta-ratio", "0.05"], ["--beta-ratios", "0.3,0.1"]])
+@pytest.mark.parametrize(
+    "beta", [["--beta-ratio", "0.05"], ["--beta-ratios", "0.3,0.1"], ["--beta-ratios", "0.3,0.1", *UNTIL]]
+)
 def test_two_workers_end_at_the_objective_of_one(store: Path, tmp_path: Path, beta: list[str]) -> None:
     alone = one_process(store, tmp_path / "one.safetensors", *beta)
     out, result = tmp_path / "two.safetensors", tmp_path / "two.json"

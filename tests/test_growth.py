@@ -19,7 +19,7 @@ from convexheads.solvers.factored import PAIRS, Factored, Search
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import along_pairs, first_guess, random_factors, resize, second_guess
-from convexheads.solvers.units import join_units, placements, principal_units, turned, turned_rows
+from convexheads.solvers.units import join_units, largest, placements, principal_units, turned, turned_rows
 from convexheads.subspace import BlockSubspace, beta_max, rough_beta_max
 from convexheads.types import Factors, Units
 
@@ -252,6 +252,25 @@ def test_a_start_near_the_optimum_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     better = second_guess(found, far, None, generator)
     assert better is not None
     assert found.value_and_gradient(better)[0] < found.value_and_gradient(far)[0]
+
+
+def test_a_start_whose_units_are_all_in_use_is_doubled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a large beta to a small one there may be many times as many units."""
+    monkeypatch.setattr(starts, "WARMUP_WORK", 0.0)
+    monkeypatch.setattr(starts, "WARMUP_SAMPLES", 100)
+    found = problem(0.02)
+    few = largest(solver_function("factored")(found, tol=1e-2).factors, 4)
+
+    def guess(max_rank: int | None = None) -> int:
+        better = second_guess(found, few, max_rank, torch.Generator().manual_seed(0))
+        assert better is not None
+        return better.n_units
+
+    assert few.n_units == 4
+    assert guess() > 8
+    assert guess(9) <= 9
+    monkeypatch.setattr(starts, "MOST_STAGES", 1)
+    assert guess() <= 8
 
 
 def test_units_that_are_all_in_use_are_doubled() -> None:

@@ -23,7 +23,7 @@ from convexheads import (
 )
 from convexheads.errors import InputError
 from convexheads.model_selection import split_seed, take_rows, validation_split
-from convexheads.path import PathStep, check_ratios, walk_path
+from convexheads.path import PathStep, Settled, Watch, check_ratios, walk_path
 from convexheads.subspace import beta_max
 from convexheads.tokens import TokenStore
 from convexheads.tokens.transforms import AppendConstant, ChainTransforms, PCATokens, StandardizeTokens, TokenTransform
@@ -129,6 +129,80 @@ def test_every_step_of_the_path_is_a_fit_of_its_beta() -> None:
         assert step.gap <= 1e-4
     ranks = [step.rank for step in path.steps]
     assert ranks == sorted(ranks)
+
+
+@pytest.mark.parametrize(
+    ("judged", "looks"),
+    [
+        # (score, loss) at the iterations 0, 1, 1, 2, 3, ...; the second one at the iteration 1 is not asked for.
+        ([(0.5, 2.0), (0.5, 2.0), (0.5, 2.0)], 4),
+        ([(0.5, 2.0), (0.5, 1.9), (0.5, 1.9), (0.5, 1.895)], 5),
+        ([(0.5, 2.0), (0.6, 2.1), (0.602, 2.2), (0.604, 2.3)], 5),
+        ([(0.5, 2.0), (0.5, 2.1), (0.5, 1.98), (0.4, 1.98), (0.4, 1.98)], 6),
+        ([(-3.0, -3.0), (-3.0, -3.1), (-3.0, -3.1), (-3.0, -3.11)], 5),
+    ],
+)
+def test_where_validation_data_see_no_more_improvement(judged: list[tuple[float, float]], looks: int) -> None:
+    found = iter(judged)
+    watch = Watch(lambda factors: next(found))
+    at = [0, 1, 1, 2, 3, 4, 5]
+    for iteration in at[: looks - 1]:
+        watch({"iteration": iteration, "factors": None})
+    with pytest.raises(Settled):
+        watch({"iteration": at[looks - 1], "factors": None})
+    assert not list(found)
+
+
+def test_networks_that_are_not_shown_are_not_judged() -> None:
+    watch = Watch(lambda factors: (0.0, 0.0))
+    for iteration in range(9):
+        watch({"iteration": iteration})
+
+
+def test_steps_end_where_validation_data_see_no_more_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fits of few samples are looked at twice or three times.
+    monkeypatch.setattr("convexheads.path.LOOKS", 1)
+    X, y = data(n=300, seed=1)
+    problem = problem_of(ConvexHeadClassifier(head="self_attention"), X, y)
+    largest = beta_max(problem)
+    walk = {"ratios": (0.1, 0.01), "tol": 1e-6}
+    whole = walk_path(problem, largest, lambda factors: (0.0, problem.value(factors)), **walk)
+    watched = walk_path(problem, largest, lambda factors: (0.0, 1.0), until="validation", **walk)
+    assert [step.gap <= 1e-6 for step in whole.steps] == [True, True]
+    assert any(step.gap > 1e-6 for step in watched.steps)
+    for step, tight in zip(watched.steps, whole.steps, strict=True):
+        # The numbers are those of the factors, a bound included.
+        assert tight.objective * (1 - 2e-6) <= step.objective <= tight.objective / (1 - step.gap)
+        assert step.beta == tight.beta
+    assert watched.factors is not None
+    assert problem.with_beta(watched.steps[watched.best].beta).value(watched.factors) == pytest.approx(
+        watched.steps[watched.best].objective, rel=1e-5
+    )
+    # And can be differentiated.
+    (watched.factors.units[0].v.requires_grad_() * 2.0).sum().backward()
+
+
+def test_steps_that_improve_until_their_gap_is_closed_end_there() -> None:
+    X, y = data(n=120)
+    problem = problem_of(ConvexHeadClassifier(head="self_attention"), X, y)
+    losses = iter(0.9**k for k in range(10**6))
+    path = walk_path(
+        problem, beta_max(problem), lambda factors: (0.0, next(losses)), ratios=(0.3, 0.1), tol=1e-5, until="validation"
+    )
+    assert all(step.gap <= 1e-5 for step in path.steps)
+
+
+def test_an_estimator_ends_its_steps_by_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convexheads.path.LOOKS", 1)
+    X, y = data(n=300, seed=1)
+    options: dict[str, Any] = {"head": "self_attention", "beta_ratios": (0.1, 0.01), "path_tol": 1e-6, "tol": 1e-6}
+    by_gap = ConvexHeadClassifierCV(**options).fit(X, y)
+    model = ConvexHeadClassifierCV(path_until="validation", **options).fit(X, y)
+    assert all(step["gap"] <= 1e-6 for step in by_gap.path_)
+    assert any(step["gap"] > 1e-6 for step in model.path_)
+    # What is chosen is fitted to tol all the same.
+    assert model.certificate_.relative_gap <= 1e-6
+    assert model.certificate_.certified
 
 
 def test_a_path_from_above_beta_max_starts_empty() -> None:
@@ -418,7 +492,7 @@ def test_scikit_learn_conventions() -> None:
 def test_parameters_are_those_of_the_estimator() -> None:
     for cls, plain in ((ConvexHeadClassifierCV, ConvexHeadClassifier), (ConvexHeadRegressorCV, ConvexHeadRegressor)):
         own, base = cls().get_params(), plain().get_params()
-        extra = {"beta_ratios", "validation", "path_tol", "patience", "criterion"}
+        extra = {"beta_ratios", "validation", "path_tol", "path_until", "patience", "criterion"}
         assert set(own) == (set(base) - {"beta", "beta_ratio"}) | extra
         assert all(own[name] == base[name] for name in set(own) - extra)
 
@@ -451,6 +525,7 @@ def test_containers(kind: str, tmp_path: FilePath) -> None:
         ({"validation": 1.5}, "validation"),
         ({"path_tol": 0}, "path_tol"),
         ({"path_tol": "small"}, "path_tol"),
+        ({"path_until": "bored"}, "path_until"),
         ({"patience": 0}, "patience"),
         ({"patience": 1.5}, "patience"),
         ({"criterion": "accuracy"}, "criterion"),

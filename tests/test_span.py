@@ -337,6 +337,16 @@ def test_it_takes_fewer_iterations(everywhere: list[float], monkeypatch: pytest.
     assert with_it.n_iter < 0.8 * without.n_iter
 
 
+def test_far_from_the_optimum_the_span_is_left_alone(everywhere: list[float]) -> None:
+    """However loose the tolerance."""
+    problem = make_setting(Case("self_attention", n=60, c=2), beta=0.02).problem
+    factors = solver_function("factored")(problem, tol=0.5, prove=False).factors
+    near, far = (
+        factored.Factored(problem, tol, 100, None, 0, None, prove=False).polishable(factors, tol) for tol in (1e-9, 0.5)
+    )
+    assert 0 < near < far == factored.POLISHED_FROM < 0.5
+
+
 def test_a_polish_that_makes_things_worse_is_not_taken(
     everywhere: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

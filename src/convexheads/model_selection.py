@@ -18,7 +18,7 @@ from convexheads.checkpoint import Checkpoint, Checkpoints, fingerprint_array
 from convexheads.errors import InputError, describe
 from convexheads.estimators import ConvexHeadClassifier, ConvexHeadRegressor, on_device, problem_fingerprint
 from convexheads.inputs import as_tokens, shown
-from convexheads.path import CRITERIA, DEFAULT_RATIOS, Path, PathStep, check_ratios, walk_path
+from convexheads.path import CRITERIA, DEFAULT_RATIOS, ENDS, Path, PathStep, check_ratios, walk_path
 from convexheads.problem import Problem, Rows
 from convexheads.subspace import beta_max
 from convexheads.targets import encode_targets
@@ -129,6 +129,9 @@ class _PathEstimator:
         if self.criterion not in CRITERIA:  # type: ignore[attr-defined]
             got = repr(self.criterion)  # type: ignore[attr-defined]
             raise InputError("criterion: " + describe(got, "one of " + ", ".join(CRITERIA)))
+        if self.path_until not in ENDS:  # type: ignore[attr-defined]
+            got = repr(self.path_until)  # type: ignore[attr-defined]
+            raise InputError("path_until: " + describe(got, "one of " + ", ".join(ENDS)))
         targets, weights, loss = base.encode(X, y, sample_weight)
         given = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y).shape
         hard = loss == "cross_entropy" and (len(given) == targets.ndim - 1 or given[-1] == 1)
@@ -177,6 +180,7 @@ class _PathEstimator:
                     "validation": fingerprint_array(validation[0]),
                     "beta_ratios": list(ratios),
                     "path_tol": tol,
+                    "path_until": self.path_until,  # type: ignore[attr-defined]
                 },
                 problem.world,
             )
@@ -216,6 +220,7 @@ class _PathEstimator:
             done=done,
             keep=None if kept is None else lambda steps, factors: keep_path(kept, steps, factors),
             criterion=self.criterion,  # type: ignore[attr-defined]
+            until=self.path_until,  # type: ignore[attr-defined]
         )
 
     def _refit(
@@ -251,7 +256,7 @@ class _PathEstimator:
         self.best_estimator_.save(path)
 
 
-EXTRA = ("beta_ratios", "validation", "path_tol", "patience", "criterion")
+EXTRA = ("beta_ratios", "validation", "path_tol", "path_until", "patience", "criterion")
 
 
 def clone_values(params: dict[str, Any]) -> dict[str, Any]:
@@ -326,6 +331,8 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
     validation : share of the training set that is held out for the choice, class by class, seeded by
         ``random_state``.
     path_tol : relative duality gap of the fits on the path.
+    path_until : "gap": these fits end there. "validation": or where two looks in a row find neither the validation
+        score higher by 0.005 than before nor the loss lower by 0.5%: for large tokens, where the gap lags far behind.
     patience : stop the path once ``criterion`` has been worse than the best so far for this many betas in a row; None:
         try all.
     criterion : "score" chooses the beta of the highest score (see ``path_``), "loss" that of the lowest validation
@@ -370,6 +377,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
+        path_until: str = "gap",
         patience: int | None = 2,
         criterion: str = "score",
         solver_options: dict[str, Any] | None = None,
@@ -397,6 +405,7 @@ class ConvexHeadClassifierCV(_PathEstimator, ConvexHeadClassifier):
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol
+        self.path_until = path_until
         self.patience = patience
         self.criterion = criterion
         self.solver_options = solver_options
@@ -462,6 +471,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         beta_ratios: Any = DEFAULT_RATIOS,
         validation: float = 0.2,
         path_tol: float = 1e-2,
+        path_until: str = "gap",
         patience: int | None = 2,
         criterion: str = "score",
         solver_options: dict[str, Any] | None = None,
@@ -486,6 +496,7 @@ class ConvexHeadRegressorCV(_PathEstimator, ConvexHeadRegressor):
         self.beta_ratios = beta_ratios
         self.validation = validation
         self.path_tol = path_tol
+        self.path_until = path_until
         self.patience = patience
         self.criterion = criterion
         self.solver_options = solver_options

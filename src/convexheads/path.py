@@ -7,6 +7,7 @@ which beta generalises best; the winner is refitted tightly by whoever asked.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,11 @@ from convexheads.types import Factors, Units
 DEFAULT_RATIOS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 CRITERIA = ("score", "loss")
 """What the best step of a path has: the highest validation score, or the lowest validation loss."""
+ENDS = ("gap", "validation")
+"""Where the fit of a step ends: at a duality gap, or where the validation data see no more improvement, too."""
+IMPROVED, LOOKS = 5e-3, 2
+"""Rise of the score, or fall of the loss as a share of it, that counts as one, and looks in a row without it that end
+a fit."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,44 @@ def rank_of(factors: Factors) -> int:
     return factors.n_units + sum(ridge)
 
 
+class Settled(Exception):
+    """Ends a fit: see :class:`Watch`."""
+
+
+class Watch:
+    """Ends the fit that it is the progress of, by :class:`Settled`, where validation data see no more improvement.
+
+    The duality gap may lag far behind: it is open as long as a single direction that is missing would lower the
+    objective, however little. Fits whose validation loss rises, because beta is too small, end as well.
+
+    Parameters
+    ----------
+    evaluate : as of :func:`walk_path`.
+
+    Attributes
+    ----------
+    state : the last look, a dict as the solver gives it.
+    """
+
+    def __init__(self, evaluate: Callable[[Factors], tuple[float, float]]) -> None:
+        self.evaluate = evaluate
+        self.state: dict[str, Any] = {"iteration": -1}
+        self.score, self.loss = -math.inf, math.inf
+        self.idle = 0
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        # Several looks at one iteration are at what the solver tries there. Trained networks are not shown.
+        again, self.state = state["iteration"] == self.state["iteration"], state
+        if again or "factors" not in state:
+            return
+        score, loss = self.evaluate(state["factors"])
+        better = score > self.score + IMPROVED or loss < self.loss - IMPROVED * abs(self.loss)
+        self.idle = 0 if better or self.loss == math.inf else self.idle + 1
+        self.score, self.loss = max(score, self.score), min(loss, self.loss)
+        if self.idle >= LOOKS:
+            raise Settled
+
+
 def walk_path(
     problem: Problem,
     beta_max: float,
@@ -135,6 +179,7 @@ def walk_path(
     done: tuple[Sequence[PathStep], Factors] | None = None,
     keep: Callable[[Sequence[PathStep], Factors], None] | None = None,
     criterion: str = "score",
+    until: str = "gap",
 ) -> Path:
     """Fit at every ratio of ``beta_max`` in descending order and keep the best on validation data.
 
@@ -152,6 +197,8 @@ def walk_path(
     done : steps of the same path that an earlier run has made, and the factors of the last one: it goes on from there.
     keep : called after every step with the steps so far and the factors of the last one.
     criterion : what the best step has: "score", the highest score, or "loss", the lowest validation loss.
+    until : "gap": every fit ends at ``tol``. "validation": or where two looks in a row find neither the score higher by
+        0.005 than before in this fit nor the loss lower by 0.5%. Fits by ``lbfgs`` and ``adamw`` end as they do.
 
     Of equal scores the lower validation loss wins and of equal losses the higher score, then the larger beta.
     """
@@ -171,30 +218,31 @@ def walk_path(
             break
         began = time.perf_counter()
         beta = ratio * beta_max if beta_max > 0 else ratio
-        solution: Solution = solve(
-            problem.with_beta(beta),
-            tol=tol,
-            max_iter=max_iter,
-            max_rank=max_rank,
-            random_state=random_state,
-            init=start,
-            prove=False,
-            options=solver_options,
-        )
-        start = solution.factors
-        score, loss = evaluate(solution.factors)
-        certificate = solution.certificate
-        step = PathStep(
-            beta,
-            ratio,
-            score,
-            loss,
-            certificate.primal,
-            certificate.relative_gap,
-            rank_of(solution.factors),
-            time.perf_counter() - began,
-        )
-        path.add(step, solution.factors)
+        watch = Watch(evaluate) if until == "validation" else None
+        try:
+            solution: Solution = solve(
+                problem.with_beta(beta),
+                tol=tol,
+                max_iter=max_iter,
+                max_rank=max_rank,
+                random_state=random_state,
+                init=start,
+                prove=False,
+                options=solver_options,
+                progress=watch,
+            )
+            factors = solution.factors
+            objective, gap = solution.certificate.primal, solution.certificate.relative_gap
+        except Settled:
+            assert watch is not None
+            # What was made within the solver can never be differentiated.
+            factors = watch.state["factors"].clone()
+            objective, gap = watch.state["objective"], watch.state["gap"]
+        score, loss = evaluate(factors)
+        seconds = time.perf_counter() - began
+        step = PathStep(beta, ratio, score, loss, objective, gap, rank_of(factors), seconds)
+        start = factors
+        path.add(step, factors)
         if progress is not None:
             progress(step)
         if keep is not None:

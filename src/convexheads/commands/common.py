@@ -493,6 +493,13 @@ def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patienc
         help="relative duality gap of these fits (default: %(default)g)",
     )
     group.add_argument(
+        "--path-until",
+        choices=("gap", "validation"),
+        default="gap",
+        help="these fits end at that gap, or also where the validation data see no more improvement "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--patience",
         type=count,
         default=patience,

@@ -216,6 +216,7 @@ def run(args: argparse.Namespace) -> int:
             beta_ratios=args.beta_ratios,
             validation=args.validation,
             path_tol=args.path_tol,
+            path_until=args.path_until,
             patience=args.patience,
             criterion=args.criterion,
         )

@@ -108,6 +108,8 @@ POLISHED = 1.4
 that an evaluation takes longer than one in the span, ..."""
 POLISHED_AT_ONCE, POLISHED_AGAIN = 0.4, 0.8
 """... and at most these shares of what it was the time before, where that was just now, and after iterations, ..."""
+POLISHED_FROM = 0.2
+"""... but at no larger gap, whatever the target: iterations lower the objective by more in that time; ..."""
 POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
@@ -399,7 +401,7 @@ class Factored:
         if not problem.world.every(math.isfinite(restricted)):
             return 0.0
         again = POLISHED_AT_ONCE if self.n_iter == self.polished_in else POLISHED_AGAIN
-        return min(POLISHED * iteration / restricted * target, again * self.polished_at)
+        return min(POLISHED * iteration / restricted * target, again * self.polished_at, POLISHED_FROM)
 
     def polish(self, optimiser: LBFGS, factors: Factors, seen: Look, target: float) -> bool:
         """Solve the program in the span of ``factors`` and of some directions outside, near enough to an optimum.

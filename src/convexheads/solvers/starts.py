@@ -213,23 +213,37 @@ def second_guess(problem: Problem, init: Factors, max_rank: int | None, generato
     if problem.n < WARMUP_SAMPLES or all(component.ridge for component in problem.components):
         return None
     init = init.to(problem.dtype)
-    counts = [
-        0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
-        for c, units in zip(problem.components, init.units, strict=True)
-    ]
-    found = vector_guess(problem, init, max_rank) if quick(problem, counts) else None
+    found = vector_guess(problem, init, max_rank) if quick(problem, as_many(problem, init)) else None
     if found is not None:
         return found
-    fresh = random_factors(problem, [max(1, n) for n in counts], generator, problem.dtype)
-    units = [
-        filled(old, new, vacant(component, old, init.n_units, max_rank), generator)
-        for component, old, new in zip(problem.components, init.units, fresh.units, strict=True)
-    ]
-    start = Factors(units, init.intercept)
-    found = adam_epochs(problem, start, 0.5 * start_scale(problem, max(1, start.n_units)), WARM_EPOCHS, generator)
-    found = slim(problem, found)
+    found = init
+    for _ in range(MOST_STAGES):
+        start = doubled(problem, found, max_rank, generator)
+        norm = 0.5 * start_scale(problem, max(1, start.n_units))
+        found = slim(problem, adam_epochs(problem, start, norm, WARM_EPOCHS, generator))
+        if found.n_units <= SATURATED * start.n_units:
+            break
     # Epochs leave the neighbourhood of an optimum that the start is already in.
     return found if problem.value_and_gradient(found)[0] < problem.value_and_gradient(init)[0] else None
+
+
+def as_many(problem: Problem, factors: Factors) -> list[int]:
+    """Units a gate that each component has, but at least four."""
+    return [
+        0 if units.u is None else max(4, math.ceil(len(units.v) / c.n_gates))
+        for c, units in zip(problem.components, factors.units, strict=True)
+    ]
+
+
+def doubled(problem: Problem, factors: Factors, max_rank: int | None, generator: torch.Generator) -> Factors:
+    """Factors with as many small random units again."""
+    counts = [max(1, count) for count in as_many(problem, factors)]
+    fresh = random_factors(problem, counts, generator, problem.dtype)
+    units = [
+        filled(old, new, vacant(component, old, factors.n_units, max_rank), generator)
+        for component, old, new in zip(problem.components, factors.units, fresh.units, strict=True)
+    ]
+    return Factors(units, factors.intercept)
 
 
 def vacant(component: Component, units: Units, total: int, max_rank: int | None) -> int:
