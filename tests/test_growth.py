@@ -269,6 +269,13 @@ def test_a_start_whose_units_are_all_in_use_is_doubled_again(monkeypatch: pytest
     assert few.n_units == 4
     assert guess() > 8
     assert guess(9) <= 9
+    # Without room for more units the epochs are not repeated.
+    epochs: list[int] = []
+    adam = starts.adam_epochs
+    with monkeypatch.context() as patch:
+        patch.setattr(starts, "adam_epochs", lambda *args: (epochs.append(1), adam(*args))[1])
+        guess(4)
+    assert len(epochs) == 1
     monkeypatch.setattr(starts, "MOST_STAGES", 1)
     assert guess() <= 8
 

@@ -126,12 +126,9 @@ class _PathEstimator:
         patience = self.patience  # type: ignore[attr-defined]
         if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
             raise InputError("patience: " + describe(repr(patience), "an integer >= 1, or None for the whole path"))
-        if self.criterion not in CRITERIA:  # type: ignore[attr-defined]
-            got = repr(self.criterion)  # type: ignore[attr-defined]
-            raise InputError("criterion: " + describe(got, "one of " + ", ".join(CRITERIA)))
-        if self.path_until not in ENDS:  # type: ignore[attr-defined]
-            got = repr(self.path_until)  # type: ignore[attr-defined]
-            raise InputError("path_until: " + describe(got, "one of " + ", ".join(ENDS)))
+        for name, known in (("criterion", CRITERIA), ("path_until", ENDS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}: " + describe(repr(getattr(self, name)), "one of " + ", ".join(known)))
         targets, weights, loss = base.encode(X, y, sample_weight)
         given = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y).shape
         hard = loss == "cross_entropy" and (len(given) == targets.ndim - 1 or given[-1] == 1)

@@ -156,7 +156,7 @@ class Watch:
             return
         score, loss = self.evaluate(state["factors"])
         better = score > self.score + IMPROVED or loss < self.loss - IMPROVED * abs(self.loss)
-        self.idle = 0 if better or self.loss == math.inf else self.idle + 1
+        self.idle = 0 if better else self.idle + 1
         self.score, self.loss = max(score, self.score), min(loss, self.loss)
         if self.idle >= LOOKS:
             raise Settled

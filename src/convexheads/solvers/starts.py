@@ -208,6 +208,7 @@ def vector_guess(problem: Problem, start: Factors, max_rank: int | None) -> Fact
 def second_guess(problem: Problem, init: Factors, max_rank: int | None, generator: torch.Generator) -> Factors | None:
     """A warm start with as many small random units again, brought near the optimum in the same way.
 
+    Once more, with twice the units, as long as nearly all are in use and there is room for more.
     None if that is no better than the start itself, or not worth trying.
     """
     if problem.n < WARMUP_SAMPLES or all(component.ridge for component in problem.components):
@@ -217,8 +218,10 @@ def second_guess(problem: Problem, init: Factors, max_rank: int | None, generato
     if found is not None:
         return found
     found = init
-    for _ in range(MOST_STAGES):
+    for stage in range(MOST_STAGES):
         start = doubled(problem, found, max_rank, generator)
+        if stage and start.n_units == found.n_units:
+            break
         norm = 0.5 * start_scale(problem, max(1, start.n_units))
         found = slim(problem, adam_epochs(problem, start, norm, WARM_EPOCHS, generator))
         if found.n_units <= SATURATED * start.n_units:
