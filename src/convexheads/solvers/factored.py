@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.optimize import nnls
@@ -32,7 +33,8 @@ from convexheads.products import fast_products
 from convexheads.solvers.base import Solution, register
 from convexheads.solvers.correction import corrected
 from convexheads.solvers.differences import Differences, fits
-from convexheads.solvers.lbfgs import IMAGES, LBFGS, MEMORY
+from convexheads.solvers.explicit import ExplicitObjective, suits_explicit
+from convexheads.solvers.lbfgs import IMAGES, LBFGS, MEMORY, Evaluate
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.span import Span, span_work, with_coupled
 from convexheads.solvers.starts import FEW_UNITS, WARMUP_SAMPLES, first_guess, second_guess
@@ -542,9 +544,9 @@ class Factored:
         """
         factors = factors.to(dtype)
 
-        def evaluate(x: Tensor) -> tuple[float, Tensor]:
-            return self.problem.flat_value_and_gradient(factors, x)
-
+        evaluate: Evaluate = partial(self.problem.flat_value_and_gradient, factors)
+        if suits_explicit(self.problem):
+            evaluate = ExplicitObjective(self.problem, factors)
         noise = 2e-7 if dtype == torch.float32 else 1e-14
         known, self.differences = self.differences, None
         if self.low is not None and dtype == torch.float32 and self.fitting(factors):
