@@ -47,7 +47,7 @@ MOST_ROWS = 8192
 ALIVE = 5
 """Temporaries of a chunk of samples that are held at once, of the size of all units' features, where memory is limited.
 """
-GAMMA_WORKSPACE = 2**23  # the same where Gamma is formed: wide products take more to be fast
+GAMMA_WORKSPACE = 2**21  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
 
@@ -366,7 +366,8 @@ class Problem:
     def _workspace(self, n_units: int) -> tuple[int, int]:
         """Numbers of a sample in a temporary of ``n_units`` units, and in what is computed of it for all gates."""
         work = max(component.form.workspace for component in self.components) * n_units
-        return work, max(c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in self.components)
+        gated = [c for c in self.components if c.gates is not None]
+        return work, max((c.form.tokens * (c.form.tokens + c.form.features) * c.n_gates for c in gated), default=0)
 
     def _most_rows(self, n_units: int, fresh: bool, dtype: torch.dtype) -> int:
         """Samples a chunk that there is memory for, where it is limited."""
@@ -374,7 +375,7 @@ class Problem:
         # What is read of a sample counts as well, however few the units.
         read = self.stats_bytes * dtype.itemsize // 4
         if fresh:
-            read += 2 * dtype.itemsize * sum(c.form.tokens * c.form.features for c in self.components)
+            read += 3 * dtype.itemsize * sum(c.form.tokens * c.form.features for c in self.components)
         held = ALIVE * (work + own * fresh) * dtype.itemsize + read
         return max(1, self.budget.chunk(self.fixed_bytes + _held_bytes(self._cache)) // held)
 
@@ -718,10 +719,10 @@ class Problem:
         # Enough samples for the products to be large ones, then as many rows of Gamma at a time as fit.
         workspace = self._gamma_workspace()
         if self.budget.limit is None:
-            step = max(16, min(16 * self.chunk_rows(1, True, dtype), GAMMA_SAMPLES))
+            step = max(16, min(16 * self._gate_rows(1, dtype), GAMMA_SAMPLES))
             step = max(step, min(4096, int(workspace / size)))
         else:
-            step = max(1, min(self.chunk_rows(4, True, dtype), max(16, int(workspace / size))))
+            step = max(1, min(self._gate_rows(4, dtype), max(16, int(workspace / size))))
         unit = component.form.row_step
         bands = max(1, math.ceil(step * size / workspace))
         band = math.ceil(p / (bands * unit)) * unit
@@ -753,12 +754,12 @@ class Problem:
         """Gamma_g of all gates: (P, p, q)."""
         component = self.components[k]
         total = torch.zeros(component.n_gates, component.p, component.q, dtype=dtype, device=self.device)
-        kept = dtype == self.dtype and self._cached_stats(dtype) is not None
+        kept = self._gate_cache(dtype) is not None
         # Tokens that every gate selects from are formed with the statistics; what is left takes the smaller factor.
         numbers = component.n_gates * (min(component.p, component.width) if kept else component.p)
         step = max(1, self.budget.workspace // numbers)
         if self.budget.limit is not None:
-            step = min(step, self.chunk_rows(4, True, dtype))
+            step = min(step, self._gate_rows(4, dtype))
         for index, stats, _ in self._gate_stats(k, None, dtype, step):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.form.joint_adjoint(stats, own)
@@ -770,18 +771,26 @@ class Problem:
         """Statistics of one component for one of its gates, chunk by chunk, with the gate's index in them."""
         component = self.components[k]
         single = component.only_gate(gate)
-        cached = self._cached_stats(dtype) if dtype == self.dtype else None
+        cached = self._gate_cache(dtype)
         for index in self.passing(step):
             if cached is not None:
                 yield index, tuple(t[index] for t in cached[k]), gate
             else:
                 yield index, single.stats(self.tokens_of(component.branch, index), dtype), None if gate is None else 0
 
+    def _gate_cache(self, dtype: torch.dtype) -> list[tuple[KeptRows, ...]] | None:
+        """The statistics that Gamma is formed from, in the dtype of the iterations; None where they are made anew."""
+        return self._cached_stats(dtype) if dtype == self.dtype else None
+
+    def _gate_rows(self, n_units: int, dtype: torch.dtype) -> int:
+        """Samples that the statistics of a chunk may be taken of, beside temporaries of so many units."""
+        return self.chunk_rows(n_units, self._gate_cache(dtype) is None, dtype)
+
     def _ridge_gamma(self, L: Tensor, k: int, dtype: torch.dtype) -> Tensor:
         component = self.components[k]
         total = torch.zeros(component.form.value_width, component.width, dtype=dtype, device=self.device)
         units = Units(None, total.new_empty(1, component.form.value_width, component.width))
-        for index, stats, _ in self._gate_stats(k, None, dtype, self.chunk_rows(4, True, dtype)):
+        for index, stats, _ in self._gate_stats(k, None, dtype, self._gate_rows(4, dtype)):
             own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
             total += component.adjoint_v(component.features(stats, units), own)[0]
         return self.world.sum(total)
