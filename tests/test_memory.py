@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,32 @@ def test_the_least_limit_is_kept_by_the_first_fit_of_a_process() -> None:
     assert words[0] == "added"
     # How many pages of libraries are read differs from run to run.
     assert int(words[1]) <= 1.05 * least
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.float64, 20)])
+def test_gamma_takes_as_many_samples_at_a_time_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int
+) -> None:
+    """Heads without gates form no masks: room for these would leave 40 samples, and 50 passes."""
+    taken: list[int] = []
+    passing = memory.Budget.passing
+
+    def counted(self: memory.Budget, parts: Iterable[slice]) -> Iterator[slice]:
+        for part in passing(self, parts):
+            taken.append(part.stop - part.start)
+            yield part
+
+    with memory.limited("32MB"):
+        own = float32_problem(Case("self_attention", n=2000, s=64, d=32, c=4, loss="cross_entropy"))
+        L = own.null_gradient()
+        whole = own.gamma(L.to(dtype), 0, None, dtype)
+        monkeypatch.setattr(memory.Budget, "passing", counted)
+        again = own.gamma(L.to(dtype), 0, None, dtype)
+    assert sum(taken) == own.n
+    assert len(taken) <= most
+    assert torch.equal(whole, again)
+    free = float32_problem(Case("self_attention", n=2000, s=64, d=32, c=4, loss="cross_entropy"))
+    torch.testing.assert_close(again, free.gamma(L.to(dtype), 0, None, dtype), rtol=1e-3, atol=1e-6)
 
 
 def test_shares_of_an_accelerator() -> None:
