@@ -14,7 +14,13 @@ from convexheads import memory
 from convexheads.distributed import ALONE
 from convexheads.problem import Problem
 from convexheads.solvers import preconditioner as module
-from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse
+from convexheads.solvers.inverses import (
+    WELL_DAMPED,
+    DampedInverse,
+    KroneckerInverse,
+    OutputwiseInverse,
+    damped_inverse,
+)
 from convexheads.solvers.preconditioner import LEAST_COUNTED, HeavyRows, Preconditioner
 from convexheads.solvers.starts import random_factors
 from convexheads.types import Factors, Units
@@ -219,3 +225,25 @@ def test_of_few_samples_only_small_moments_are_taken_in_full(n: int, full: bool)
     assert blocks is not None
     assert module.FEW_FULL_SIZE < blocks.numbers <= module.FULL_SIZE
     assert blocks.full == full
+
+
+@pytest.mark.parametrize(("damping", "kind"), [(1e-2, DampedInverse), (1e-9, KroneckerInverse)])
+def test_the_inverse_of_a_full_moment(damping: float, kind: type) -> None:
+    """By Cholesky's factor where damping is above the rounding of the moment, by eigenvalues elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 30, generator=generator)
+    moment = rows.mT @ rows / 40
+    inverse = damped_inverse(moment, damping)
+    assert isinstance(inverse, kind)
+    vectors = torch.randn(3, 30, 1, generator=generator)
+    exact = torch.linalg.solve(moment.double() + damping * torch.eye(30), vectors.double())
+    torch.testing.assert_close(inverse(vectors).double(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_a_moment_of_low_rank_needs_its_damping() -> None:
+    """Cholesky's factor exists as soon as damping is above rounding, however few rows there are."""
+    rows = 1e3 * torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    moment = rows.mT @ rows
+    damping = 1.01 * WELL_DAMPED * torch.finfo(torch.float32).eps * float(moment.trace())
+    found = damped_inverse(moment, damping)(torch.eye(200)[..., None])[..., 0]
+    assert bool(torch.linalg.eigvalsh(found.double()).min() > 0)

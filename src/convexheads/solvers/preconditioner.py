@@ -31,7 +31,7 @@ from convexheads.operator import split_rows
 from convexheads.problem import Problem, take_rows
 from convexheads.products import add_moment, column_squares, rough_products
 from convexheads.solvers.cores import Cores
-from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by_group
+from convexheads.solvers.inverses import KroneckerInverse, OutputwiseInverse, by_group, damped_inverse
 from convexheads.subspace import OutsidePairs
 from convexheads.types import Factors, Units
 
@@ -521,10 +521,12 @@ class UBlocks:
 
     def finish(self, damping: float) -> None:
         """The inverses of all groups."""
-        self.inverses = []
+        self.inverses: list[Callable[[Tensor], Tensor]] = []
         for left, right in zip(self.left, self.right, strict=True):
-            if not self.full:
-                right = right / right.trace().clamp_min(torch.finfo(right.dtype).tiny)
+            if self.full:
+                self.inverses.append(damped_inverse(left * self.stride, damping))
+                continue
+            right = right / right.trace().clamp_min(torch.finfo(right.dtype).tiny)
             self.inverses.append(KroneckerInverse(left * self.stride, right, damping))
         del self.left, self.right, self.signs
 
