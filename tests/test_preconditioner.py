@@ -247,3 +247,11 @@ def test_a_moment_of_low_rank_needs_its_damping() -> None:
     damping = 1.01 * WELL_DAMPED * torch.finfo(torch.float32).eps * float(moment.trace())
     found = damped_inverse(moment, damping)(torch.eye(200)[..., None])[..., 0]
     assert bool(torch.linalg.eigvalsh(found.double()).min() > 0)
+
+
+def test_rounding_that_leaves_no_factor_ends_in_eigenvalues() -> None:
+    """Where damping is above the rounding of the trace and yet too little; none of them counts as negative."""
+    moment = torch.diag(torch.tensor([1.0, -0.5]))
+    inverse = damped_inverse(moment, 0.1)
+    assert isinstance(inverse, KroneckerInverse)
+    torch.testing.assert_close(inverse(torch.ones(1, 2, 1))[0, :, 0], torch.tensor([1 / 1.1, 10.0]))

@@ -53,10 +53,10 @@ class ExplicitObjective:
     """
 
     def __init__(self, problem: Problem, shapes: Factors) -> None:
-        self.problem, self.shapes, self.loss = problem, shapes, problem.own_loss
+        self.problem, self.shapes = problem, shapes
         dtype = shapes.tensors()[0].dtype
         self.targets, self.weights = problem.targets_of(slice(0, problem.n), dtype)
-        self.rows, self.outputs = self.targets[..., 0].numel(), problem.outputs
+        self.rows = self.targets[..., 0].numel()
         self.parts, start = [], 0
         every = problem.stats_of(slice(0, problem.local), dtype)
         for component, stats, units in zip(problem.components, every, shapes.units, strict=True):
@@ -68,11 +68,11 @@ class ExplicitObjective:
             u, v = slice(start, middle), slice(middle, end)
             self.parts.append(_Part(K, component.outputs, u, v, (m, p), (m * k, component.width)))
             start = end
-        self.intercept = None if shapes.intercept is None else slice(start, start + self.outputs)
+        self.intercept = None if shapes.intercept is None else slice(start, start + problem.outputs)
 
     def __call__(self, x: Tensor) -> tuple[float, Tensor]:
-        gradient = torch.empty_like(x)
-        O = x.new_zeros(self.outputs) if self.intercept is None else x[self.intercept]
+        problem, gradient = self.problem, torch.empty_like(x)
+        O = x.new_zeros(problem.outputs) if self.intercept is None else x[self.intercept]
         O = O.expand(self.rows, -1).clone()
         held = []
         for part in self.parts:
@@ -80,8 +80,8 @@ class ExplicitObjective:
             T = (u @ part.K).view(len(v), self.rows)
             O[:, part.outputs].addmm_(T.mT, v)
             held.append((T, v))
-        value, L = self.loss.value_and_gradient(O.view(self.targets.shape), self.targets, self.weights)
-        L = L.view(self.rows, self.outputs)
+        value, L = problem.own_loss.value_and_gradient(O.view(self.targets.shape), self.targets, self.weights)
+        L = L.view(self.rows, problem.outputs)
         if self.intercept is not None:
             torch.sum(L, 0, out=gradient[self.intercept])
         for part, (T, v) in zip(self.parts, held, strict=True):
@@ -89,5 +89,5 @@ class ExplicitObjective:
             torch.mm(T, own, out=gradient[part.v].view(part.v_shape))
             moved = (v @ own.mT).view(part.u_shape[0], part.K.shape[1])
             torch.mm(moved, part.K.mT, out=gradient[part.u].view(part.u_shape))
-        value, gradient = self.problem.summed(value, gradient)
-        return value + self.problem.flat_decay(self.shapes, x, gradient), gradient
+        value, gradient = problem.summed(value, gradient)
+        return value + problem.flat_decay(self.shapes, x, gradient), gradient

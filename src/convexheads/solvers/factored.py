@@ -543,10 +543,7 @@ class Factored:
         ``placement`` has the units that the last one had among them: then its reference is kept.
         """
         factors = factors.to(dtype)
-
-        evaluate: Evaluate = partial(self.problem.flat_value_and_gradient, factors)
-        if suits_explicit(self.problem):
-            evaluate = ExplicitObjective(self.problem, factors)
+        evaluate: Evaluate
         noise = 2e-7 if dtype == torch.float32 else 1e-14
         known, self.differences = self.differences, None
         if self.low is not None and dtype == torch.float32 and self.fitting(factors):
@@ -556,6 +553,10 @@ class Factored:
                 known.extend(placement, factors)
                 self.differences, known = known, None
             evaluate, noise = self.differences, DIFFERENCE_NOISE
+        elif suits_explicit(self.problem):
+            evaluate = ExplicitObjective(self.problem, factors)
+        else:
+            evaluate = partial(self.problem.flat_value_and_gradient, factors)
         if known is not None:
             known.release()
         x = factors.flat()

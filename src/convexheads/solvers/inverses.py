@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 WELL_DAMPED = 16.0
-"""Multiples of the rounding of a moment's trace from which damping makes it positive definite for certain."""
+"""Multiples of the rounding of a moment's trace from which damping is likely to make it positive definite."""
 
 
 def by_group(maps: Sequence[Callable[[Tensor], Tensor]], sizes: list[int], matrix: Tensor) -> Tensor:
@@ -37,15 +37,10 @@ class KroneckerInverse:
 
 
 class DampedInverse:
-    """(moment + damping I)^{-1} for a symmetric positive semidefinite moment (a, a), by Cholesky's factor.
+    """(moment + damping I)^{-1} from its Cholesky factor: an eighth of the work of eigenvalues."""
 
-    An eighth of the work of eigenvalues, which only small ``damping`` needs: where rounding may leave nothing of it.
-    """
-
-    def __init__(self, moment: Tensor, damping: float) -> None:
-        damped = moment.clone()
-        damped.diagonal().add_(damping)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    def __init__(self, factor: Tensor) -> None:
+        self.inverse = torch.cholesky_inverse(factor)
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply to ``matrix`` (r, a, 1)."""
@@ -53,10 +48,17 @@ class DampedInverse:
 
 
 def damped_inverse(moment: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """(moment + damping I)^{-1} applied to (r, a, 1), by whatever is exact enough."""
+    """(moment + damping I)^{-1} applied to (r, a, 1), for a symmetric moment (a, a), semidefinite but for rounding.
+
+    By eigenvalues, none of them negative, where rounding may leave nothing of ``damping``.
+    """
     # The trace bounds the largest eigenvalue.
     if damping >= WELL_DAMPED * torch.finfo(moment.dtype).eps * float(moment.trace()):
-        return DampedInverse(moment, damping)
+        damped = moment.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return DampedInverse(factor)
     return KroneckerInverse(moment, moment.new_ones(1, 1), damping)
 
 
