@@ -209,7 +209,7 @@ def test_far_from_an_optimum_and_on_cheap_problems_there_are_none() -> None:
     problem = make_setting(Case("self_attention", n=30), beta=0.02).problem
     state = factored.Factored(problem, 1e-3, 10, None, 0, None)
     factors = random_units(problem)
-    bound, _ = state.estimate(factors)
+    bound = state.estimate(factors).bound
     assert not state.worth_softening(factors, None, [], False)
     assert not state.worth_softening(factors, replace(bound, relative_gap=0.01), [], False)
     assert state.preconditioner(factors, None).cores is None
@@ -220,7 +220,7 @@ def test_they_come_near_an_optimum_or_where_the_objective_has_settled(monkeypatc
     problem = make_setting(Case("self_attention", n=30), beta=0.02).problem
     state = factored.Factored(problem, 1e-3, 10, None, 0, None)
     factors = random_units(problem)
-    bound, _ = state.estimate(factors)
+    bound = state.estimate(factors).bound
     fall = factored.SETTLING * bound.primal
     fast, slow = ([bound.primal - each * k / 10 for k in range(11)] for each in (2.0 * fall, 0.5 * fall))
     far, near = replace(bound, relative_gap=0.5), replace(bound, relative_gap=0.05)

@@ -1,4 +1,4 @@
-"""Newton steps along the singular pairs above beta: what they bring back, and that solves end with them."""
+"""Newton steps along the singular pairs above beta and in large units: what they do, and that solves end with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convexheads.certificate import dual_point
 from convexheads.memory import Budget
 from convexheads.problem import Problem
 from convexheads.solvers import correction, factored, solver_function
-from convexheads.solvers.correction import ACCURACY, Correction, corrected
+from convexheads.solvers.correction import ACCURACY, Block, Correction, corrected
 from convexheads.subspace import BlockSubspace, SingularPair, rough_beta_max
 from convexheads.types import Factors
 
@@ -81,19 +81,86 @@ def test_of_other_losses_nearly_all_goes(heads: tuple[Case, ...], loss: str) -> 
     assert float(after.norm()) <= 0.5 * float(before.norm())
 
 
+def with_large_units(case: Case, seed: int = 1) -> tuple[Problem, Correction]:
+    problem = make_setting(replace(case, c=4, n=20), beta=1e-3).problem
+    factors = random_units(problem, seed)
+    O = problem.forward(factors)
+    return problem, Correction(problem, O, above(problem, O), factors)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared", "multilabel_logistic"])
 @every_case
-def test_the_equations_are_symmetric_and_positive(case: Case) -> None:
-    problem = make_setting(replace(case, loss="cross_entropy", c=4, n=20), beta=1e-3).problem
-    O = problem.forward(random_units(problem, 1))
-    pairs = above(problem, O)
-    equations = Correction(problem, O, pairs)
+def test_the_equations_are_symmetric_and_positive(case: Case, loss: str) -> None:
+    problem, equations = with_large_units(replace(case, loss=loss))
     generator = torch.Generator().manual_seed(1)
-    masks = [torch.ones_like(E) if m is None else m for E, m in zip(equations.excess, equations.masks, strict=True)]
-    inside = torch.cat([*(mask.flatten() for mask in masks), torch.ones(len(equations.inverse))])
-    x, y = (inside * torch.randn(len(inside), generator=generator, dtype=O.dtype) for _ in range(2))
+    x, y = (torch.randn(len(equations.right), generator=generator, dtype=problem.dtype) for _ in range(2))
     assert len(x)
     assert float(x @ equations.apply(y)) == pytest.approx(float(equations.apply(x) @ y), rel=1e-8)
     assert float(x @ equations.apply(x)) > 0.0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_numbers_of_a_block_are_the_adjoint_of_its_matrix(symmetric: bool) -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    block = Block.of(slice(3, 8), 1.0, symmetric, like)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(block.size, generator=generator, dtype=torch.float64)
+    F = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    S = block.matrix(y)
+    assert block.size == (15 if symmetric else 25)
+    torch.testing.assert_close(S.square().sum(), y.square().sum())
+    torch.testing.assert_close(block.numbers(F) @ y, (F * S).sum((1, 2)))
+    assert not symmetric or torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared", "multilabel_logistic"])
+@every_case
+def test_few_samples_are_preconditioned_by_the_very_hessian(
+    case: Case, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correction, "DAMPING", 0.0)
+    monkeypatch.setattr(correction, "ROWS_EACH", 10**6)
+    problem, equations = with_large_units(replace(case, loss=loss))
+    every = torch.eye(len(equations.right), dtype=problem.dtype)
+    hessian = torch.stack([equations.apply(each) for each in every])
+    found = equations.factor @ equations.factor.mT
+    # No more than a millionth of its largest entry is added to the diagonal.
+    torch.testing.assert_close(found, hessian, rtol=0.0, atol=4e-6 * float(hessian.diagonal().max()))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared", "multilabel_logistic"])
+@pytest.mark.parametrize("each", [1, 8, 64])
+def test_many_samples_are_preconditioned_by_some_of_their_gradients(
+    loss: str, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correction, "ROWS_EACH", each)
+    problem = make_setting(Case("self_attention", loss=loss, s=4, d=4, c=5, n=3000), beta=1e-3).problem
+    factors = random_units(problem, 2)
+    O = problem.forward(factors)
+    equations = Correction(problem, O, above(problem, O)[:3])
+    every = torch.eye(len(equations.right), dtype=problem.dtype)
+    hessian = torch.stack([equations.apply(one) for one in every])
+    seen = equations.factor @ equations.factor.mT
+    assert float((seen - hessian).norm()) <= (1.5 if each == 1 else 0.6 if each == 8 else 0.25) * float(hessian.norm())
+
+
+@every_head
+def test_of_a_quadratic_loss_large_units_get_the_size_that_suits_them(
+    heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correction, "ACCURACY", 1e-9)
+    monkeypatch.setattr(correction, "STEPS", 500)
+    problem, factors, _ = prepared(heads, "squared")
+    O = problem.forward(factors)
+    equations = Correction(problem, O, [], factors)
+    assert 0 < sum(map(len, (own.v for own in equations.vectors))) <= factors.n_units
+    before = equations.right.norm()
+    P = problem.forward(corrected(problem, factors, O, [], large=True))
+    after = Correction(problem, P, [], factors).right
+    assert float(before) > 0.0
+    assert float(after.norm()) <= 1e-6 * float(before)
+    # Newton's step of the objective: by the trace of S for the nuclear norm.
+    assert problem.value(corrected(problem, factors, O, [], large=True)) < problem.value(factors)
 
 
 @every_head
@@ -125,14 +192,22 @@ def test_of_many_pairs_the_largest_are_taken(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(correction, "MOST_PAIRS", 2)
     equations = Correction(problem, problem.forward(factors), pairs)
     weights = [problem.penalty_weight(component) for component in problem.components]
-    largest = sorted((pair.sigma / weights[pair.component] for pair in pairs), reverse=True)
+    largest = sorted(pairs, key=lambda pair: -pair.sigma / weights[pair.component])[:2]
     assert len(pairs) > 2
-    taken = [
-        float(value) / weight + 1.0
-        for E, weight in zip(equations.excess, weights, strict=True)
-        for value in E.diagonal()
-    ]
-    assert sorted(taken, reverse=True) == pytest.approx(largest[:2])
+    taken = [u for own in equations.vectors for u in own.v.flatten(1)]
+    assert sorted(map(float, (v.sum() for v in taken))) == pytest.approx(sorted(float(p.v.sum()) for p in largest))
+
+
+def test_no_more_numbers_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, factors, pairs = prepared(HEADS[1], "squared")
+    O = problem.forward(factors)
+    every = Correction(problem, O, pairs, factors)
+    for most in (1, 7, sum(every.sizes) - 1):
+        monkeypatch.setattr(correction, "MOST_NUMBERS", most)
+        fewer = Correction(problem, O, pairs, factors)
+        assert 0 < sum(fewer.sizes) <= most
+    # One more row does not fit.
+    assert sum(fewer.sizes) >= sum(every.sizes) / 2
 
 
 def classified(activation: str) -> Problem:
@@ -171,11 +246,43 @@ def test_a_correction_of_no_use_is_not_tried_again_at_the_same_gap(monkeypatch: 
 
     monkeypatch.setattr(factored.Factored, "correct", watch)
     # What comes back is what went in.
-    monkeypatch.setattr(factored, "corrected", lambda problem, factors, O, pairs, drop: factors)
+    monkeypatch.setattr(factored, "corrected", lambda problem, factors, O, pairs, drop, large: factors)
     problem = classified("linear")
     solution = solver_function("factored")(problem, tol=1e-3)
     assert solution.converged
     assert len(tried) == 1
+
+
+def test_units_move_where_they_would_keep_the_gap_open() -> None:
+    """Pairs above beta alone push what is left of the gap into the sizes of units, which then keep it open."""
+    problem = classified("linear")
+    state = factored.Factored(problem, 1e-5, 100, None, 0, None, False)
+    factors = solver_function("factored")(problem, tol=2e-3, prove=False).factors
+    gaps: dict[bool, float] = {}
+    for large in (False, True):
+        seen = state.close_look(factors)
+        for step in range(8):
+            if not seen.pairs:
+                break
+            moved = corrected(problem, seen.refitted, seen.outputs, seen.pairs, large=large and step % 2 == 0)
+            seen = state.close_look(moved)
+        gaps[large] = seen.bound.relative_gap
+    assert gaps[True] < 0.5 * gaps[False]
+
+
+def test_slack_is_the_gap_without_what_is_above_beta() -> None:
+    problem = classified("linear")
+    state = factored.Factored(problem, 1e-5, 100, None, 0, None, False)
+    near = solver_function("factored")(problem, tol=1e-9, prove=False).factors
+    seen = state.close_look(near)
+    assert abs(seen.slack) <= 1e-6 * seen.bound.primal
+    far = solver_function("factored")(problem, tol=1e-9, max_iter=10, prove=False).factors
+    seen = state.close_look(far)
+    O, L = seen.outputs.double(), dual_point(problem, seen.outputs.double())
+    targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
+    dual = -problem.loss.conjugate(L, targets, weights)
+    assert seen.slack == pytest.approx(seen.bound.primal - dual, abs=1e-5 * seen.bound.primal)
+    assert O.shape == L.shape
 
 
 def test_no_more_units_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_slim_factors_are_looked_at_closely_however_rough_the_bound(
     found = problem(0.3)
     state = Factored(found, 1e-3, 100, None, 0, None)
     factors = random_factors(found, [6], torch.Generator().manual_seed(1), torch.float64)
-    true, _ = state.estimate(factors)
+    true = state.estimate(factors).bound
     assert true.relative_gap > 0.01
     low = dataclasses.replace(true, relative_gap=5e-4)
     looks: list[float] = []
@@ -191,7 +191,7 @@ def test_what_is_looked_at_closely_is_as_a_proof_finds_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(BlockSubspace, "work", lambda self, size, rounds: (2, 1))
     found = problem(0.3, n=400)
     factors = solver_function("factored")(found, tol=1e-9, max_iter=40, random_state=0, prove=False).factors
-    rough, _ = solver(found).estimate(factors)
+    rough = solver(found).estimate(factors).bound
     state = solver(found)
     slim, close = state.slim(factors, rough, 2.0 * rough.relative_gap, False)
     proved = certify_factors(found, slim).relative_gap
@@ -210,7 +210,7 @@ def test_slim_factors_lose_what_carries_next_to_nothing() -> None:
     )
     state = Factored(found, 1e-3, 100, None, 0, None)
     more = Factors([tiny], solution.factors.intercept)
-    bound, _ = state.estimate(more)
+    bound = state.estimate(more).bound
     slim, close = state.slim(more, bound, 9.4e-4, False)
     assert slim.n_units <= len(units.v) < len(tiny.v)
     assert close.relative_gap <= 9.4e-4
@@ -228,7 +228,7 @@ def test_what_may_go_never_takes_the_gap_beyond_what_is_accepted(
     (units,) = factors.units
     scale = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-6], dtype=torch.float64)[:, None, None]
     factors = Factors([Units(units.u * scale, units.v * scale)], factors.intercept)
-    true, _ = state.estimate(factors)
+    true = state.estimate(factors).bound
 
     def measure(self: Factored, refitted: Factors, *rest: object) -> object:
         gap = gap_of_all if refitted.n_units == 6 else 1.02e-3
@@ -310,8 +310,8 @@ def test_rough_estimates_are_those_of_float64(loss: str, monkeypatch: pytest.Mon
         return refit(self, factors, dtype)
 
     monkeypatch.setattr(Factored, "refit", watched)
-    rough, _ = state.estimate(factors, Search(1e-2))
-    exact, _ = state.estimate(factors, Search(1e-4))
+    rough = state.estimate(factors, Search(1e-2)).bound
+    exact = state.estimate(factors, Search(1e-4)).bound
     assert dtypes == [torch.float64 if loss == "squared" else torch.float32, torch.float64]
     assert rough.primal == pytest.approx(exact.primal, rel=1e-5)
     assert rough.relative_gap == pytest.approx(exact.relative_gap, rel=1e-3)
@@ -452,7 +452,7 @@ def trimming(found: Problem) -> tuple[Factored, LBFGS, Factors, Certificate]:
     factors = Factors([Units(torch.cat([units.u, tiny[0]]), torch.cat([units.v, tiny[1]]))], solution.factors.intercept)
     state = solver(found)
     optimiser, _ = state.optimiser(factors, torch.float64)
-    return state, optimiser, factors, state.estimate(factors)[0]
+    return state, optimiser, factors, state.estimate(factors).bound
 
 
 def test_a_preconditioner_goes_on_without_the_units_that_were_dropped() -> None:

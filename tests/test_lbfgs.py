@@ -255,7 +255,7 @@ def test_an_estimate_gives_up_only_above_the_gap_that_it_was_asked_about(monkeyp
     for most in (0.0, 1e9, float("inf")):
         rounds.clear()
         state = Factored(problem, 1e-6, 10, None, 0, None)
-        gap = state.estimate(factors, Search(state.tol, size=1, most=most))[0].relative_gap
+        gap = state.estimate(factors, Search(state.tol, size=1, most=most)).bound.relative_gap
         found[most] = gap, len(rounds)
     assert found[1e9] == found[float("inf")]
     gap, taken = found[0.0]

@@ -1,4 +1,4 @@
-"""A Newton step along the singular pairs that keep a dual point from being feasible.
+"""A Newton step along the singular pairs that keep a dual point from being feasible, and in the sizes of large units.
 
 The gap is of first order in the distance from an optimum, the objective of second: late in a solve a few singular
 values of A_g^* L lie above beta w, for which the whole dual point is scaled down, while the objective has next to
@@ -7,62 +7,129 @@ to beta w, to first order, if
 
     <A(U^T D V), H A(U^T S V)> = <D, beta w I - diag(sigma)>   for every D,
 
-with H the Hessian of the loss and the intercept eliminated. There are few numbers in S: they are solved for by
-conjugate gradients, at the features of a few vectors.
+with H the Hessian of the loss and the intercept eliminated. What is left of the gap then is beta w ||Z_g||_* + <Z_g,
+A_g^* L>: units that are too large, or too small, for their singular value. With the left and right vectors A and B of
+a block's large units, Z + A^T S B has the nuclear norm of Z plus the trace of S for every small symmetric S, and
+
+    <A(A^T D B), H A(A^T S B)> = -<D, beta w I + A (A_g^* L) B^T>   for every symmetric D
+
+is Newton's step of the objective itself. (An S that is not symmetric turns units, where the norm has curvature; small
+units would change their sign.) Both together are a few hundred numbers. They are solved for by conjugate gradients at
+the features of a few vectors, preconditioned by their Hessian as sampled gradients have it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from convexheads.architectures.base import gate_groups
 from convexheads.problem import Problem
-from convexheads.solvers.units import canonical, join_units, pair_units
+from convexheads.products import add_moment, from_lower
+from convexheads.solvers.span import positive_factor
+from convexheads.solvers.units import canonical, join_units, no_units, pair_units, pick
 from convexheads.subspace import SingularPair
 from convexheads.types import Factors, Units
 
 MOST_PAIRS = 48
-"""Pairs of all blocks at most: those furthest above beta w."""
+"""Pairs of all blocks at most: those furthest above beta w; ..."""
+MOST_NUMBERS = 1024
+"""... and of these, and then of the large units, no more than make so many numbers; fewer where memory is limited."""
+LARGE = 0.03
+"""Units of at least this share of the largest one are large."""
 STEPS, ACCURACY = 20, 0.1
-"""Conjugate gradients at most, and the share of the excess above beta w that they may leave."""
+"""Conjugate gradients at most, and the share of the right-hand side that they may leave."""
+ROWS_EACH = 8
+"""Sampled gradients for each number, that the preconditioner is made of."""
+DAMPING = 1e-3
+"""Share of its diagonal that is added to it: pairs and units may be nearly the same."""
+
+
+@dataclass
+class Block:
+    """Rows of a component between which S may have entries: the pairs of one gate, or its large units.
+
+    Attributes
+    ----------
+    rows : their place among those of the component, k of them.
+    upper : for large units the places of the entries on and above the diagonal in a row-major (k, k); None for pairs,
+        all of whose entries are numbers.
+    scale : entry of S for a number of one, for large units: so that numbers have the norm of S.
+    target : what the diagonal of U (A_g^* L) V^T ought to be.
+    """
+
+    rows: slice
+    upper: Tensor | None
+    scale: Tensor | None
+    target: float
+
+    @classmethod
+    def of(cls, rows: slice, target: float, symmetric: bool, like: Tensor) -> Block:
+        """The block of these rows."""
+        if not symmetric:
+            return cls(rows, None, None, target)
+        k = rows.stop - rows.start
+        i, j = torch.triu_indices(k, k, device=like.device)
+        return cls(rows, i * k + j, torch.where(i == j, 1.0, math.sqrt(0.5)).to(like.dtype), target)
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return (self.rows.stop - self.rows.start) ** 2 if self.upper is None else len(self.upper)
+
+    def matrix(self, numbers: Tensor) -> Tensor:
+        """S (k, k)."""
+        k = self.rows.stop - self.rows.start
+        if self.upper is None or self.scale is None:
+            return numbers.view(k, k)
+        S = numbers.new_zeros(k * k)
+        S[self.upper] = numbers * self.scale
+        S = S.view(k, k)
+        return S + S.triu(1).mT
+
+    def numbers(self, F: Tensor) -> Tensor:
+        """The adjoint of :meth:`matrix`, of matrices (..., k, k): (..., numbers)."""
+        if self.upper is None or self.scale is None:
+            return F.flatten(-2)
+        # On the diagonal this counts twice what the factor of a half takes back.
+        return (F + F.mT).flatten(-2)[..., self.upper] * torch.where(self.scale == 1.0, 0.5, self.scale)
 
 
 class Correction:
     """The equations at outputs ``O`` of a head, for the singular ``pairs`` of A_g^* L there that lie above beta w.
 
-    Variables are the entries of S, of every component as one matrix that is zero between pairs of different gates.
+    Parameters
+    ----------
+    factors : the head, where its large units are to move, too.
     """
 
-    def __init__(self, problem: Problem, O: Tensor, pairs: list[SingularPair]) -> None:
+    def __init__(self, problem: Problem, O: Tensor, pairs: list[SingularPair], factors: Factors | None = None) -> None:
         self.problem, self.O = problem, O
-        weights = [problem.penalty_weight(component) for component in problem.components]
-        pairs = sorted(pairs, key=lambda pair: -pair.sigma / weights[pair.component])[:MOST_PAIRS]
-        self.units: list[Units] = []
-        self.excess: list[Tensor] = []
-        self.masks: list[Tensor | None] = []
-        for k, component in enumerate(problem.components):
-            own = [pair for pair in pairs if pair.component == k]
-            units = pair_units(component, own, O)
-            self.units.append(units)
-            self.excess.append(O.new_tensor([pair.sigma - weights[k] for pair in own]).diag())
-            self.masks.append(None if units.gate is None else units.gate[:, None] == units.gate)
-        self.sizes = [len(E) ** 2 for E in self.excess]
-        numbers = sum(len(E) * c.form.value_width for E, c in zip(self.excess, problem.components, strict=True))
-        size = numbers * problem.targets[..., 0].numel() * O.dtype.itemsize
+        limit = problem.budget.limit
+        most = MOST_NUMBERS if limit is None else min(MOST_NUMBERS, math.isqrt(limit // 256))
+        # Of every component the vectors on the left and on the right, and the blocks of S between them.
+        self.vectors, self.blocks = _chosen(problem, O, pairs, factors, most)
+        self.sizes = [block.size for blocks in self.blocks for block in blocks]
+        self.free = problem.outputs if problem.fit_intercept else 0
+        self.rows_each = problem.targets.shape[1:-1].numel()
+        width = sum(len(own.v) * c.form.value_width for own, c in zip(self.vectors, problem.components, strict=True))
+        size = width * problem.targets[..., 0].numel() * O.dtype.itemsize
         self.kept: list[tuple[slice, list[Tensor]]] | None = None
         if problem.world.every(problem.budget.roomy and problem.has_room(size)):
             self.kept = list(self._features())
-        self.inverse = O.new_zeros(0, 0)
-        if problem.fit_intercept:
-            hessian = problem.own_loss.mean_hessian(O, *problem.targets_of(slice(0, problem.n), O.dtype))
-            self.inverse = torch.linalg.pinv(problem.world.sum(hessian), hermitian=True, rtol=1e-5)
+        self._prepare()
 
     def _features(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        """The features of all pairs' left vectors, chunk by chunk."""
-        for index, stats in self.problem.chunks(self.O.dtype, max(1, sum(map(len, self.excess)))):
-            yield index, [c.features(s, u) for c, s, u in zip(self.problem.components, stats, self.units, strict=True)]
+        """The features of all left vectors, chunk by chunk."""
+        for index, stats in self.problem.chunks(self.O.dtype, max(1, sum(len(own.v) for own in self.vectors))):
+            yield (
+                index,
+                [c.features(s, own) for c, s, own in zip(self.problem.components, stats, self.vectors, strict=True)],
+            )
 
     @property
     def features(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -70,71 +137,249 @@ class Correction:
 
     def step(self, y: Tensor) -> Factors:
         """Units whose outputs are those of the step, the left vectors with S V beside them, and its intercept."""
-        *parts, b = y.split([*self.sizes, len(self.inverse)])
-        units = [
-            Units(own.u, (S.view_as(E) @ own.v.flatten(1)).view_as(own.v) if len(E) else own.v, own.gate)
-            for S, E, own in zip(parts, self.excess, self.units, strict=True)
+        *parts, b = y.split([*self.sizes, self.free])
+        numbers = iter(parts)
+        units = []
+        for own, blocks in zip(self.vectors, self.blocks, strict=True):
+            v = torch.zeros_like(own.v).flatten(1)
+            for block in blocks:
+                torch.mm(block.matrix(next(numbers)), own.v[block.rows].flatten(1), out=v[block.rows])
+            units.append(Units(own.u, v.view_as(own.v), own.gate))
+        return Factors(units, b if self.free else None)
+
+    def _inner(self, features: list[Tensor], rows: Tensor) -> Tensor:
+        """For rows R of outputs the numbers of U (A_g^* R) V^T of all blocks, and the intercept's sum: one vector."""
+        found = []
+        for component, T, own, blocks in zip(self.problem.components, features, self.vectors, self.blocks, strict=True):
+            left = component.adjoint_v(T, rows[:, component.outputs]).flatten(1) if blocks else rows
+            found += [block.numbers(left[block.rows] @ own.v[block.rows].flatten(1).mT) for block in blocks]
+        return torch.cat([*found, rows.sum(0)[: self.free]])
+
+    def _prepare(self) -> None:
+        """The right-hand side, and the factor of the preconditioner, in one pass over the features."""
+        problem = self.problem
+        count = sum(self.sizes) + self.free
+        moment = self.O.new_zeros(count, count)
+        total = self.O.new_zeros(count)
+        draws = _Draws(problem, count, self.rows_each)
+        for index, features in self.features:
+            O, (targets, weights) = self.O[index], problem.targets_of(index, self.O.dtype)
+            L = problem.own_loss.value_and_gradient(O, targets, weights)[1].reshape(-1, problem.outputs)
+            total += self._inner(features, L)
+            # One sample after the other, each with all of its draws.
+            place, noise = draws.of(index, O)
+            E = problem.own_loss.hessian_root_product(O[place].unsqueeze(1), targets[place].unsqueeze(1), noise)
+            E = E * (weights[place] * draws.share).sqrt().view(-1, *[1] * (E.ndim - 1))
+            add_moment(moment, self._gradients(features, place, E))
+        # The intercept is at its best already.
+        self.right = self._targets() - problem.world.sum(total)
+        self.right[count - self.free :] = 0.0
+        moment = from_lower(problem.world.sum(moment))
+        damping = DAMPING * moment.diagonal() + 1e-6 * moment.diagonal().max() + 1e-30
+        moment.diagonal().add_(damping)
+        self.factor = positive_factor(moment)
+
+    def _gradients(self, features: list[Tensor], place: Tensor | slice, E: Tensor) -> Tensor:
+        """Gradients of <E, outputs> of some samples with respect to every number: (rows, numbers).
+
+        E (samples, draws, c), or (samples, draws, s, c) for an output of every token.
+        """
+        found = []
+        rows = E.reshape(-1, E.shape[-1])
+        for component, T, vectors, blocks in zip(
+            self.problem.components, features, self.vectors, self.blocks, strict=True
+        ):
+            if not blocks:
+                continue
+            own = T.reshape(-1, 1, self.rows_each, *T.shape[1:])[place]
+            right = vectors.v.transpose(0, 1).flatten(0, 1)
+            values = (rows[:, component.outputs] @ right.mT).view(
+                *E.shape[:2], self.rows_each, component.form.value_width, -1
+            )
+            found += [
+                block.numbers(own[..., block.rows, :] @ values[..., block.rows]).flatten(0, 2) for block in blocks
+            ]
+        return torch.cat([*found, rows[:, : self.free]], 1)
+
+    def _targets(self) -> Tensor:
+        """The numbers of what U (A_g^* L) V^T ought to be, and zeros for the intercept."""
+        found = [
+            block.numbers(self.O.new_full((block.rows.stop - block.rows.start,), block.target).diag())
+            for blocks in self.blocks
+            for block in blocks
         ]
-        return Factors(units, b if self.problem.fit_intercept else None)
+        return torch.cat([*found, self.O.new_zeros(self.free)])
 
     def apply(self, y: Tensor) -> Tensor:
         """The left-hand side of the equations, for the intercept, too; in one pass over the features."""
         problem = self.problem
         step = self.step(y)
-        total: list[Tensor] = []
+        total = torch.zeros_like(y)
         for index, features in self.features:
             O, (targets, weights) = self.O[index], problem.targets_of(index, self.O.dtype)
             M = problem.combine(step, features, O.shape[:-1])
             H = problem.own_loss.hessian_product(O, targets, weights, M).reshape(-1, problem.outputs)
-            parts = [
-                component.adjoint_v(T, H[:, component.outputs]).flatten(1) @ units.v.flatten(1).mT
-                for component, T, units in zip(problem.components, features, self.units, strict=True)
-            ]
-            parts.append(H.sum(0)[: len(self.inverse)])
-            total = [old + new for old, new in zip(total, parts, strict=True)] if total else parts
-        *blocks, slope = total
-        masked = [F if mask is None else F * mask for F, mask in zip(blocks, self.masks, strict=True)]
-        return problem.world.sum(torch.cat([*(F.flatten() for F in masked), slope]))
+            total += self._inner(features, H)
+        return problem.world.sum(total)
 
     def solve(self) -> Tensor:
-        """The entries of S and the step of the intercept, by preconditioned conjugate gradients.
-
-        The intercept has the inverse of its own block, S a multiple of the identity, for which the first direction
-        tells how stiff it is.
-        """
-        residual = torch.cat([*(-E.flatten() for E in self.excess), self.O.new_zeros(len(self.inverse))])
-        y, direction = torch.zeros_like(residual), residual
-        image = self.apply(direction)
-        size, curvature = float(residual @ residual), float(direction @ image)
-        if not curvature > 0.0:
-            return y
-        scale = size / curvature
-        size, direction, image = scale * size, scale * direction, scale * image
-        curvature *= scale * scale
+        """The numbers of the step and its intercept, by preconditioned conjugate gradients."""
+        residual, y = self.right, torch.zeros_like(self.right)
+        direction = turned = self._turned(residual)
+        size = float(residual @ turned)
         enough = ACCURACY**2 * size
         for _ in range(STEPS):
-            t = size / curvature
-            y, residual = y + t * direction, residual - t * image
-            inner, outer = residual.split([sum(self.sizes), len(self.inverse)])
-            turned = torch.cat([scale * inner, self.inverse @ outer])
-            before, size = size, float(residual @ turned)
             if not size > enough:
                 break
-            direction = turned + (size / before) * direction
             image = self.apply(direction)
             curvature = float(direction @ image)
             if not curvature > 0.0:
                 break
+            t = size / curvature
+            y, residual = y + t * direction, residual - t * image
+            turned = self._turned(residual)
+            before, size = size, float(residual @ turned)
+            direction = turned + (size / before) * direction
         return y
 
+    def _turned(self, residual: Tensor) -> Tensor:
+        return torch.cholesky_solve(residual[:, None], self.factor)[:, 0]
 
-def corrected(problem: Problem, factors: Factors, O: Tensor, pairs: list[SingularPair], drop: float = 0.0) -> Factors:
+
+class _Draws:
+    """Which samples gradients are taken of, and with which noise: some, all once, or all with every output by itself.
+
+    ``share`` is what each counts.
+    """
+
+    def __init__(self, problem: Problem, count: int, rows_each: int) -> None:
+        rows, wanted = problem.n * rows_each, ROWS_EACH * count
+        self.problem, self.stride = problem, max(1, rows // wanted)
+        self.draws = min(problem.outputs, -(-wanted // rows))
+        self.exact = self.draws == problem.outputs and self.stride == 1
+        self.share = float(self.stride) if self.exact else self.stride / self.draws
+        self.sample = torch.arange(0, problem.n, self.stride)
+        self.own, self.place = problem.own_samples(self.sample)
+        shape = len(self.sample), self.draws, *problem.targets.shape[1:]
+        self.noise = problem.targets.new_zeros(0)
+        if not self.exact:
+            # Not of the solver's own: its iterations are the same whether corrections were tried or not.
+            generator = torch.Generator().manual_seed(0)
+            self.noise = torch.randn(shape, generator=generator, dtype=problem.dtype)[self.place]
+
+    def of(self, index: slice, O: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Samples of a chunk, numbered within it, and their noise (samples, draws, ...)."""
+        if self.exact:
+            # Every output by itself, for all tokens: another token's is orthogonal in any case.
+            unit = torch.eye(O.shape[-1], dtype=O.dtype, device=O.device)
+            each = unit.view(1, len(unit), *[1] * (O.ndim - 2), len(unit))
+            return slice(None), each.expand(len(O), len(unit), *O.shape[1:])
+        first, last = torch.searchsorted(self.own, torch.tensor([index.start, index.stop])).tolist()
+        place = (self.own[first:last] - index.start).to(O.device) if self.stride > 1 else slice(None)
+        return place, self.noise[first:last].to(O.device, O.dtype)
+
+
+def _chosen(
+    problem: Problem, O: Tensor, pairs: list[SingularPair], factors: Factors | None, most: int
+) -> tuple[list[Units], list[list[Block]]]:
+    """The pairs furthest above beta w, and the largest units, as many as make no more than ``most`` numbers.
+
+    Vectors of every component, in order of their gates, and their blocks.
+    """
+    weights = [problem.penalty_weight(component) for component in problem.components]
+    pairs = sorted(pairs, key=lambda pair: -pair.sigma / weights[pair.component])[:MOST_PAIRS]
+    count = 0
+    taken: dict[tuple[int, int | None], int] = {}
+    for i, pair in enumerate(pairs):
+        there = taken.get((pair.component, pair.gate), 0)
+        # A matrix of one more row has so many more entries.
+        count += 2 * there + 1
+        if i and count > most:
+            pairs = pairs[:i]
+            count -= 2 * there + 1
+            break
+        taken[pair.component, pair.gate] = there + 1
+    large = _large_units(problem, factors, weights, most - count)
+    vectors, blocks = [], []
+    for k, (component, weight) in enumerate(zip(problem.components, weights, strict=True)):
+        units = pair_units(component, [pair for pair in pairs if pair.component == k], O)
+        symmetric = torch.arange(len(units.v) + (0 if large is None else len(large[k].v)), device=O.device)
+        symmetric = symmetric >= len(units.v)
+        if large is not None:
+            units = _appended(units, large[k].to(O.dtype))
+        if units.gate is None:
+            groups = [(own, bool(symmetric[own.start])) for _, own in gate_groups(symmetric.long())]
+        else:
+            order = (2 * units.gate + symmetric).argsort(stable=True)
+            units = pick(units, order)
+            assert units.gate is not None
+            key = 2 * units.gate + symmetric[order]
+            groups = [(own, bool(which % 2)) for which, own in gate_groups(key)]
+        vectors.append(units)
+        blocks.append([Block.of(own, -weight if of_units else weight, of_units, O) for own, of_units in groups])
+    return vectors, blocks
+
+
+def _appended(first: Units, second: Units) -> Units:
+    """Units one after the other, whatever their gates."""
+    if first.u is None or second.u is None:
+        return first
+    gate = None if first.gate is None or second.gate is None else torch.cat([first.gate, second.gate])
+    return Units(torch.cat([first.u, second.u]), torch.cat([first.v, second.v]), gate)
+
+
+def _large_units(problem: Problem, factors: Factors | None, weights: list[float], room: int) -> list[Units] | None:
+    """Vectors of length one of the largest principal units of every component; None where no units are to move."""
+    if factors is None:
+        return None
+    whole = canonical(problem, factors.to(torch.float64), 0.0)[0]
+    # Balanced: both sides have the root of the singular value for their length.
+    sizes = [
+        units.v.flatten(1).square().sum(1) * weight if units.u is not None else units.v.new_zeros(0)
+        for units, weight in zip(whole.units, weights, strict=True)
+    ]
+    every = torch.cat(sizes)
+    if not len(every):
+        return [no_units(units) for units in whole.units]
+    owner = [(k, i) for k, own in enumerate(sizes) for i in range(len(own))]
+    chosen: list[list[int]] = [[] for _ in sizes]
+    taken: dict[tuple[int, int], int] = {}
+    for place in every.argsort(descending=True).tolist():
+        k, i = owner[place]
+        gate = whole.units[k].gate
+        key = k, -1 if gate is None else int(gate[i])
+        room -= taken.get(key, 0) + 1
+        if room < 0 or not float(every[place]) > LARGE * float(every.max()):
+            break
+        taken[key] = taken.get(key, 0) + 1
+        chosen[k].append(i)
+    found = []
+    for own, units, weight, size in zip(chosen, whole.units, weights, sizes, strict=True):
+        if units.u is None:
+            found.append(units)
+            continue
+        picked = pick(units, torch.tensor(sorted(own), dtype=torch.long, device=units.v.device))
+        length = (size[sorted(own)] / weight).sqrt()
+        assert picked.u is not None
+        u, v = (t / length.view(-1, *[1] * (t.ndim - 1)) for t in (picked.u, picked.v))
+        found.append(Units(u, v, picked.gate))
+    return found
+
+
+def corrected(
+    problem: Problem,
+    factors: Factors,
+    O: Tensor,
+    pairs: list[SingularPair],
+    drop: float = 0.0,
+    large: bool = False,
+) -> Factors:
     """``factors`` after the step: balanced units, a few more of them, in float64.
 
-    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors. The smallest units are left out
-    where that costs the objective no more than ``drop``.
+    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors; ``large`` moves large units, too.
+    The smallest units are left out where that costs the objective no more than ``drop``.
     """
-    equations = Correction(problem, O.to(problem.dtype), pairs)
+    equations = Correction(problem, O.to(problem.dtype), pairs, factors if large else None)
     step, whole = equations.step(equations.solve()).to(torch.float64), factors.to(torch.float64)
     units = [
         old if old.u is None or not len(new.v) else join_units(old, new)

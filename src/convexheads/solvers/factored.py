@@ -116,11 +116,19 @@ POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
 """... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
-LEFT, ONE_LEFT = 0.12, 0.3
+LEFT, ONE_LEFT = 0.105, 0.3
 """Share of the gap that is left by corrections along the singular pairs above beta, before it is known; the second one
 where all pairs there are seen at once, so that one correction does what it can do; ..."""
-CORRECTIONS, STEP_LEFT = 4, 0.5
+CORRECTIONS, STEP_LEFT = 5, 0.5
 """... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
+CLOSE = 1.5
+"""The head that a correction leads to is looked at closely where its gap is at most this many times the target."""
+PUSHED = 0.13
+"""Share of the gap that corrections push into the sizes of units; they move large units, too, where the gap would stay
+too large for that."""
+CORRECTION_SPARED = 0.005
+"""Share of the tolerance, of the objective, in the smallest units that a correction leaves out: what that does to the
+dual point is of first order, and would have to be corrected in turn."""
 SPARED = (0.1, 0.02)
 """Shares of the tolerance, of the objective, in the smallest units that a solution may do without ..."""
 ROOM = 0.75
@@ -248,7 +256,8 @@ class Search:
 class Look:
     """An estimate of the gap: singular pairs above beta, whether a closer one would find the same, and the outputs.
 
-    These are the outputs of the ``refitted`` factors: with the best intercept, in float64.
+    These are the outputs of the ``refitted`` factors: with the best intercept, in float64. ``slack`` is what the gap
+    would be if no singular value were above beta: it is zero where those of units are beta.
     """
 
     bound: Certificate
@@ -256,6 +265,7 @@ class Look:
     sure: bool
     outputs: Tensor
     refitted: Factors
+    slack: float
 
 
 class Factored:
@@ -304,7 +314,7 @@ class Factored:
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
-    def estimate(self, factors: Factors, search: Search | None = None) -> tuple[Certificate, list[SingularPair]]:
+    def estimate(self, factors: Factors, search: Search | None = None) -> Look:
         """Gap with singular values from below (never a claim), and the singular pairs above beta.
 
         ``search`` : default: as close as the tolerance asks for.
@@ -318,7 +328,7 @@ class Factored:
         exact = precision < FLOAT32_GAP or self.problem.loss.constant_curvature
         return torch.float64 if exact else self.problem.dtype
 
-    def measure(self, refitted: Factors, O: Tensor, search: Search) -> tuple[Certificate, list[SingularPair]]:
+    def measure(self, refitted: Factors, O: Tensor, search: Search) -> Look:
         """:meth:`estimate` of what :meth:`refit` has returned."""
         problem = self.problem
         point = DualPoint.at(problem, O)
@@ -341,21 +351,22 @@ class Factored:
             search.low,
             refitted,
         )
-        return bound(sigma, ridge), pairs
+        slack = primal - (point.loss - point.inner - ridge)
+        return Look(bound(sigma, ridge), pairs, False, O, refitted, slack)
 
     def look(self, factors: Factors, gap: float) -> Look:
         """An estimate as precise as a relative gap of about ``gap`` asks for."""
         rough = max(self.tol, min(0.1, ROUGH * gap))
         refitted, O = self.refit(factors, self.exact_dtype(rough))
         low = self.low if rough >= LOW_SEARCH else None
-        bound, pairs = self.measure(refitted, O, Search(rough, low=low))
-        return Look(bound, pairs, rough == self.tol and self.subspace.exact(PAIRS, ROUNDS), O, refitted)
+        seen = self.measure(refitted, O, Search(rough, low=low))
+        return replace(seen, sure=rough == self.tol and self.subspace.exact(PAIRS, ROUNDS))
 
     def close_look(self, factors: Factors, most: float = math.inf) -> Look:
         """An estimate that another one would hardly change; of a relative gap above ``most`` it may say no more."""
         refitted, O = self.refit(factors.to(self.problem.dtype), self.exact_dtype(self.tol))
-        bound, pairs = self.measure(refitted, O, Search(self.tol, growth=SURE, rounds=SURE_ROUNDS, most=most))
-        return Look(bound, pairs, True, O, refitted)
+        search = Search(self.tol, growth=SURE, rounds=SURE_ROUNDS, most=most)
+        return replace(self.measure(refitted, O, search), sure=True)
 
     def foreseen(self, primal: float, gradient: Factors) -> Certificate:
         """For a head of ridge branches only what :meth:`estimate` would find, from the gradient alone.
@@ -433,14 +444,17 @@ class Factored:
         gap = first = seen.bound.relative_gap
         if not target < first <= self.correctable(target):
             return None
+        large = False
+        spare = CORRECTION_SPARED * self.tol * abs(seen.bound.primal)
         for remaining in reversed(range(CORRECTIONS)):
             if not seen.pairs:
                 break
-            spare = SPARED[-1] * self.tol * abs(seen.bound.primal)
-            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare)
+            # What is left when nothing is above beta any more: by then it has grown by a share of what was above.
+            large = not large and seen.slack + PUSHED * seen.bound.gap > target * abs(seen.bound.primal)
+            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare, large)
             if self.max_rank is not None:
                 factors = largest(factors, self.max_rank)
-            seen = self.close_look(factors)
+            seen = self.close_look(factors, CLOSE * target)
             if seen.bound.relative_gap <= target:
                 return seen
             gap = min(gap, seen.bound.relative_gap)
@@ -709,7 +723,7 @@ class Factored:
                 message = "no further decrease could be found in float64"
                 break
         last, O = self.refit(shapes.like(optimiser.steadied()[0]), self.exact_dtype(self.tol))
-        bound = self.measure(last, O, Search(self.tol))[0]
+        bound = self.measure(last, O, Search(self.tol)).bound
         return self.finish(*self.slim(last, bound, max(schedule.target, bound.relative_gap), True), message)
 
     def renewed(self, optimiser: LBFGS, shapes: Factors) -> LBFGS:
@@ -813,7 +827,7 @@ class Factored:
             factors, _ = canonical(self.problem, factors, 1e-3 * self.tol * seen.bound.primal)
             room = min(room, self.max_rank - factors.n_units)
         size = self.room(factors)
-        _, pairs = self.estimate(factors, Search(self.tol, size=size))
+        pairs = self.estimate(factors, Search(self.tol, size=size)).pairs
         # Pairs that are hardly above beta cost units and close nothing.
         least = self.problem.beta * (1.0 + 0.1 * self.tol)
         wanted = [p for p in pairs if p.sigma > least * self.problem.components[p.component].weight]
