@@ -15,7 +15,7 @@ from convexheads.errors import InputError
 from convexheads.problem import Problem
 from convexheads.solvers import factored, preconditioner, starts
 from convexheads.solvers.base import solver_function
-from convexheads.solvers.factored import PAIRS, Factored, Search
+from convexheads.solvers.factored import PAIRS, Factored, Look, Search
 from convexheads.solvers.lbfgs import LBFGS
 from convexheads.solvers.preconditioner import Preconditioner
 from convexheads.solvers.starts import along_pairs, first_guess, random_factors, resize, second_guess
@@ -228,11 +228,12 @@ def test_what_may_go_never_takes_the_gap_beyond_what_is_accepted(
     (units,) = factors.units
     scale = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-6], dtype=torch.float64)[:, None, None]
     factors = Factors([Units(units.u * scale, units.v * scale)], factors.intercept)
-    true = state.estimate(factors).bound
+    look = state.estimate(factors)
+    true = look.bound
 
-    def measure(self: Factored, refitted: Factors, *rest: object) -> object:
+    def measure(self: Factored, refitted: Factors, *rest: object) -> Look:
         gap = gap_of_all if refitted.n_units == 6 else 1.02e-3
-        return dataclasses.replace(true, relative_gap=gap), []
+        return dataclasses.replace(look, bound=dataclasses.replace(true, relative_gap=gap), pairs=[], refitted=refitted)
 
     monkeypatch.setattr(Factored, "measure", measure)
     rough = dataclasses.replace(true, relative_gap=9.39e-4)

@@ -39,8 +39,8 @@ MOST_PAIRS = 48
 """Pairs of all blocks at most: those furthest above beta w; ..."""
 MOST_NUMBERS = 1024
 """... and of these, and then of the large units, no more than make so many numbers; fewer where memory is limited."""
-LARGE = 0.03
-"""Units of at least this share of the largest one are large."""
+NOTHING = 1e-6
+"""Share of the largest unit below which one has no direction."""
 STEPS, ACCURACY = 20, 0.1
 """Conjugate gradients at most, and the share of the right-hand side that they may leave."""
 ROWS_EACH = 8
@@ -104,15 +104,23 @@ class Correction:
 
     Parameters
     ----------
-    factors : the head, where its large units are to move, too.
+    factors : the head, where its large units are to move, too: ...
+    large : ... those of at least this share of the largest one.
     """
 
-    def __init__(self, problem: Problem, O: Tensor, pairs: list[SingularPair], factors: Factors | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        O: Tensor,
+        pairs: list[SingularPair],
+        factors: Factors | None = None,
+        large: float = 0.0,
+    ) -> None:
         self.problem, self.O = problem, O
         limit = problem.budget.limit
         most = MOST_NUMBERS if limit is None else min(MOST_NUMBERS, math.isqrt(limit // 256))
         # Of every component the vectors on the left and on the right, and the blocks of S between them.
-        self.vectors, self.blocks = _chosen(problem, O, pairs, factors, most)
+        self.vectors, self.blocks = _chosen(problem, O, pairs, factors, large, most)
         self.sizes = [block.size for blocks in self.blocks for block in blocks]
         self.free = problem.outputs if problem.fit_intercept else 0
         self.rows_each = problem.targets.shape[1:-1].numel()
@@ -280,7 +288,7 @@ class _Draws:
 
 
 def _chosen(
-    problem: Problem, O: Tensor, pairs: list[SingularPair], factors: Factors | None, most: int
+    problem: Problem, O: Tensor, pairs: list[SingularPair], factors: Factors | None, share: float, most: int
 ) -> tuple[list[Units], list[list[Block]]]:
     """The pairs furthest above beta w, and the largest units, as many as make no more than ``most`` numbers.
 
@@ -299,7 +307,7 @@ def _chosen(
             count -= 2 * there + 1
             break
         taken[pair.component, pair.gate] = there + 1
-    large = _large_units(problem, factors, weights, most - count)
+    large = _large_units(problem, factors, weights, share, most - count)
     vectors, blocks = [], []
     for k, (component, weight) in enumerate(zip(problem.components, weights, strict=True)):
         units = pair_units(component, [pair for pair in pairs if pair.component == k], O)
@@ -328,7 +336,9 @@ def _appended(first: Units, second: Units) -> Units:
     return Units(torch.cat([first.u, second.u]), torch.cat([first.v, second.v]), gate)
 
 
-def _large_units(problem: Problem, factors: Factors | None, weights: list[float], room: int) -> list[Units] | None:
+def _large_units(
+    problem: Problem, factors: Factors | None, weights: list[float], share: float, room: int
+) -> list[Units] | None:
     """Vectors of length one of the largest principal units of every component; None where no units are to move."""
     if factors is None:
         return None
@@ -349,14 +359,14 @@ def _large_units(problem: Problem, factors: Factors | None, weights: list[float]
         gate = whole.units[k].gate
         key = k, -1 if gate is None else int(gate[i])
         room -= taken.get(key, 0) + 1
-        if room < 0 or not float(every[place]) > LARGE * float(every.max()):
+        if room < 0 or not float(every[place]) >= max(share, NOTHING) * float(every.max()):
             break
         taken[key] = taken.get(key, 0) + 1
         chosen[k].append(i)
     found = []
     for own, units, weight, size in zip(chosen, whole.units, weights, sizes, strict=True):
         if units.u is None:
-            found.append(units)
+            found.append(no_units(units))
             continue
         picked = pick(units, torch.tensor(sorted(own), dtype=torch.long, device=units.v.device))
         length = (size[sorted(own)] / weight).sqrt()
@@ -372,14 +382,15 @@ def corrected(
     O: Tensor,
     pairs: list[SingularPair],
     drop: float = 0.0,
-    large: bool = False,
+    large: float = math.inf,
 ) -> Factors:
     """``factors`` after the step: balanced units, a few more of them, in float64.
 
-    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors; ``large`` moves large units, too.
+    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors; Units of at
+    least ``large`` of the largest one move, too.
     The smallest units are left out where that costs the objective no more than ``drop``.
     """
-    equations = Correction(problem, O.to(problem.dtype), pairs, factors if large else None)
+    equations = Correction(problem, O.to(problem.dtype), pairs, factors if large <= 1.0 else None, large)
     step, whole = equations.step(equations.solve()).to(torch.float64), factors.to(torch.float64)
     units = [
         old if old.u is None or not len(new.v) else join_units(old, new)

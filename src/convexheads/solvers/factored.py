@@ -121,11 +121,12 @@ LEFT, ONE_LEFT = 0.105, 0.3
 where all pairs there are seen at once, so that one correction does what it can do; ..."""
 CORRECTIONS, STEP_LEFT = 5, 0.5
 """... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
-CLOSE = 1.5
-"""The head that a correction leads to is looked at closely where its gap is at most this many times the target."""
 PUSHED = 0.13
 """Share of the gap that corrections push into the sizes of units; they move large units, too, where the gap would stay
 too large for that."""
+LARGE, FEWER, OVERDONE = 0.05, 3.0, 0.5
+"""These are units of at least this share of the largest one; of so many times that share from then on where what the
+gap would be without its excess has grown, and is above this share of the target."""
 CORRECTION_SPARED = 0.005
 """Share of the tolerance, of the objective, in the smallest units that a correction leaves out: what that does to the
 dual point is of first order, and would have to be corrected in turn."""
@@ -309,7 +310,8 @@ class Factored:
         exact = self.subspace.exact(PAIRS, ROUNDS)
         self.target = max(TARGET * tol, EXACT_TARGET * tol - EXACT_NOISE) if exact else TARGET * tol
         self.slack = 1.0 if exact else SLACK
-        # The share of the gap that corrections leave.
+        # The share of the largest unit from which corrections move units, and that of the gap that they leave.
+        self.large = LARGE
         self.left = ONE_LEFT if exact else LEFT
 
     # Estimates between proofs -----------------------------------------------------------------------------
@@ -444,20 +446,25 @@ class Factored:
         gap = first = seen.bound.relative_gap
         if not target < first <= self.correctable(target):
             return None
-        large = False
-        spare = CORRECTION_SPARED * self.tol * abs(seen.bound.primal)
+        allowed = target * abs(seen.bound.primal)
+        turn = False
         for remaining in reversed(range(CORRECTIONS)):
             if not seen.pairs:
                 break
             # What is left when nothing is above beta any more: by then it has grown by a share of what was above.
-            large = not large and seen.slack + PUSHED * seen.bound.gap > target * abs(seen.bound.primal)
+            turn = not turn and self.large <= 1.0 and seen.slack + PUSHED * seen.bound.gap > allowed
+            spare, large = CORRECTION_SPARED * allowed, self.large if turn else math.inf
             factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare, large)
             if self.max_rank is not None:
                 factors = largest(factors, self.max_rank)
-            seen = self.close_look(factors, CLOSE * target)
-            if seen.bound.relative_gap <= target:
-                return seen
-            gap = min(gap, seen.bound.relative_gap)
+            found = self.close_look(factors)
+            if found.bound.relative_gap <= target:
+                return found
+            if turn and found.slack > max(seen.slack, OVERDONE * allowed):
+                # Some of these units have changed their sign: they are not large.
+                self.large, turn = FEWER * self.large, False
+                continue
+            seen, gap = found, min(gap, found.bound.relative_gap)
             if seen.bound.relative_gap * STEP_LEFT**remaining > target:
                 break
         self.left = gap / first
