@@ -122,7 +122,6 @@ def test_few_samples_are_preconditioned_by_the_very_hessian(
     case: Case, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(correction, "DAMPING", 0.0)
-    monkeypatch.setattr(correction, "ROWS_EACH", 10**6)
     problem, equations = with_large_units(replace(case, loss=loss))
     every = torch.eye(len(equations.right), dtype=problem.dtype)
     hessian = torch.stack([equations.apply(each) for each in every])
@@ -137,6 +136,7 @@ def test_many_samples_are_preconditioned_by_some_of_their_gradients(
     loss: str, each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(correction, "ROWS_EACH", each)
+    monkeypatch.setattr(correction, "ROWS_EXACT", 0)
     problem = make_setting(Case("self_attention", loss=loss, s=4, d=4, c=5, n=3000), beta=1e-3).problem
     factors = random_units(problem, 2)
     O = problem.forward(factors)
@@ -184,6 +184,17 @@ def test_chunks_add_up_whether_features_are_kept_or_not(
     monkeypatch.setattr(Budget, "roomy", property(lambda self: False))
     assert Correction(problem, O, pairs).kept is None
     torch.testing.assert_close(problem.forward(corrected(problem, factors, O, pairs)), whole, rtol=1e-8, atol=1e-9)
+
+
+def test_a_step_has_no_shift_that_the_loss_does_not_see() -> None:
+    problem, factors, pairs = prepared(HEADS[0], "cross_entropy")
+    assert problem.fit_intercept
+    assert problem.loss.shift_free
+    O = problem.forward(factors)
+    equations = Correction(problem, O, pairs, factors, 0.05)
+    b = equations.solve()[-problem.outputs :]
+    assert float(b.norm()) > 0.0
+    assert abs(float(b.sum())) <= 1e-12 * float(b.norm())
 
 
 def test_small_units_are_left_out_for_no_more_than_is_allowed() -> None:

@@ -43,8 +43,9 @@ NOTHING = 1e-6
 """Share of the largest unit below which one has no direction."""
 STEPS, ACCURACY = 20, 0.1
 """Conjugate gradients at most, and the share of the right-hand side that they may leave."""
-ROWS_EACH = 8
-"""Sampled gradients for each number, that the preconditioner is made of."""
+ROWS_EACH, ROWS_EXACT = 8, 2**14
+"""Sampled gradients for each number, that the preconditioner is made of; where these, or so many in all, are one for
+every output of every sample, it is the Hessian itself."""
 DAMPING = 1e-3
 """Share of its diagonal that is added to it: pairs and units may be nearly the same."""
 
@@ -251,7 +252,12 @@ class Correction:
         return y
 
     def _turned(self, residual: Tensor) -> Tensor:
-        return torch.cholesky_solve(residual[:, None], self.factor)[:, 0]
+        found = torch.cholesky_solve(residual[:, None], self.factor)[:, 0]
+        if self.free and self.problem.loss.shift_free:
+            # What the loss does not see is rounding, of which next to no curvature makes any number.
+            b = found[len(found) - self.free :]
+            b -= b.mean()
+        return found
 
 
 class _Draws:
@@ -262,10 +268,11 @@ class _Draws:
 
     def __init__(self, problem: Problem, count: int, rows_each: int) -> None:
         rows, wanted = problem.n * rows_each, ROWS_EACH * count
-        self.problem, self.stride = problem, max(1, rows // wanted)
-        self.draws = min(problem.outputs, -(-wanted // rows))
-        self.exact = self.draws == problem.outputs and self.stride == 1
-        self.share = float(self.stride) if self.exact else self.stride / self.draws
+        self.problem = problem
+        self.exact = rows * problem.outputs <= max(wanted, ROWS_EXACT)
+        self.draws = problem.outputs if self.exact else min(problem.outputs, -(-wanted // rows))
+        self.stride = 1 if self.exact else max(1, rows // wanted)
+        self.share = 1.0 if self.exact else self.stride / self.draws
         self.sample = torch.arange(0, problem.n, self.stride)
         self.own, self.place = problem.own_samples(self.sample)
         shape = len(self.sample), self.draws, *problem.targets.shape[1:]
