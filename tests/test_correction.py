@@ -147,6 +147,20 @@ def test_many_samples_are_preconditioned_by_some_of_their_gradients(
     assert float((seen - hessian).norm()) <= 5.0 / each**0.5 * float(hessian.norm())
 
 
+def test_a_chunk_may_have_none_of_the_samples_that_gradients_are_taken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "ROWS_EACH", 1)
+    monkeypatch.setattr(correction, "ROWS_EXACT", 0)
+    problem = make_setting(Case("self_attention", loss="cross_entropy", s=4, d=4, c=5, n=900), beta=1e-3).problem
+    factors = random_units(problem, 2)
+    O = problem.forward(factors)
+    pairs = above(problem, O)[:3]
+    whole = Correction(problem, O, pairs, factors, 0.5)
+    monkeypatch.setattr(Problem, "pass_rows", lambda self, *args, **kwargs: 4)
+    parts = Correction(problem, O, pairs, factors, 0.5)
+    torch.testing.assert_close(parts.factor, whole.factor)
+    torch.testing.assert_close(parts.right, whole.right)
+
+
 @every_head
 def test_of_a_quadratic_loss_large_units_get_the_size_that_suits_them(
     heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch

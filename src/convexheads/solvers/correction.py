@@ -203,7 +203,7 @@ class Correction:
             own = T.reshape(-1, 1, self.rows_each, *T.shape[1:])[place]
             right = vectors.v.transpose(0, 1).flatten(0, 1)
             values = (rows[:, component.outputs] @ right.mT).view(
-                *E.shape[:2], self.rows_each, component.form.value_width, -1
+                *E.shape[:2], self.rows_each, component.form.value_width, len(vectors.v)
             )
             found += [
                 block.numbers(own[..., block.rows, :] @ values[..., block.rows]).flatten(0, 2) for block in blocks
