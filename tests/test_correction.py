@@ -313,9 +313,11 @@ def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.Mo
     state.left = 1e-9
     seen = state.close_look(factors)
     used: list[float] = []
+    starts: list[Factors] = []
     closed = factored.corrected
 
     def watch(*args: Any) -> Factors:
+        starts.append(args[1])
         used.append(args[-1])
         return closed(*args)
 
@@ -325,6 +327,7 @@ def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.Mo
     assert state.large > 0.01
     assert used[1] in (state.large, 0.03)
     # What went wrong was not gone on from.
+    assert starts[1] is starts[0]
     assert state.left * seen.bound.relative_gap <= seen.bound.relative_gap
 
 

@@ -268,19 +268,17 @@ class _Draws:
 
     def __init__(self, problem: Problem, count: int, rows_each: int) -> None:
         rows, wanted = problem.n * rows_each, ROWS_EACH * count
-        self.problem = problem
         self.exact = rows * problem.outputs <= max(wanted, ROWS_EXACT)
-        self.draws = problem.outputs if self.exact else min(problem.outputs, -(-wanted // rows))
+        draws = problem.outputs if self.exact else min(problem.outputs, -(-wanted // rows))
         self.stride = 1 if self.exact else max(1, rows // wanted)
-        self.share = 1.0 if self.exact else self.stride / self.draws
-        self.sample = torch.arange(0, problem.n, self.stride)
-        self.own, self.place = problem.own_samples(self.sample)
-        shape = len(self.sample), self.draws, *problem.targets.shape[1:]
-        self.noise = problem.targets.new_zeros(0)
+        self.share = 1.0 if self.exact else self.stride / draws
         if not self.exact:
+            sample = torch.arange(0, problem.n, self.stride)
+            self.own, place = problem.own_samples(sample)
+            shape = len(sample), draws, *problem.targets.shape[1:]
             # Not of the solver's own: its iterations are the same whether corrections were tried or not.
             generator = torch.Generator().manual_seed(0)
-            self.noise = torch.randn(shape, generator=generator, dtype=problem.dtype)[self.place]
+            self.noise = torch.randn(shape, generator=generator, dtype=problem.dtype)[place]
 
     def of(self, index: slice, O: Tensor) -> tuple[Tensor | slice, Tensor]:
         """Samples of a chunk, numbered within it, and their noise (samples, draws, ...)."""
