@@ -328,7 +328,8 @@ def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.Mo
     assert used[1] in (state.large, 0.03)
     # What went wrong was not gone on from.
     assert starts[1] is starts[0]
-    assert state.left * seen.bound.relative_gap <= seen.bound.relative_gap
+    # What is hoped for next time lies between what was, and what this attempt has left.
+    assert 1e-9 < state.left <= math.sqrt(1e-9)
 
 
 def test_slack_is_the_gap_without_what_is_above_beta() -> None:
@@ -339,11 +340,10 @@ def test_slack_is_the_gap_without_what_is_above_beta() -> None:
     assert abs(seen.slack) <= 1e-6 * seen.bound.primal
     far = solver_function("factored")(problem, tol=1e-9, max_iter=10, prove=False).factors
     seen = state.close_look(far)
-    O, L = seen.outputs.double(), dual_point(problem, seen.outputs.double())
+    L = dual_point(problem, seen.outputs.double())
     targets, weights = problem.targets_of(slice(0, problem.n), torch.float64)
     dual = -problem.loss.conjugate(L, targets, weights)
     assert seen.slack == pytest.approx(seen.bound.primal - dual, abs=1e-5 * seen.bound.primal)
-    assert O.shape == L.shape
 
 
 def test_no_more_units_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

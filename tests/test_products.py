@@ -20,6 +20,7 @@ from convexheads.products import (
     exact_through_onednn,
     fast_products,
     from_lower,
+    narrow_product,
     rough_products,
 )
 from convexheads.solvers import warmup
@@ -310,6 +311,83 @@ def test_gradients_are_the_same_with_aligned_products(case: Case, monkeypatch: p
     aligned, found = problem.value_and_gradient(factors)
     assert aligned == pytest.approx(value, rel=1e-6)
     torch.testing.assert_close(found.flat(), gradient.flat(), rtol=1e-4, atol=1e-5 * float(gradient.flat().abs().max()))
+
+
+@pytest.mark.parametrize("columns", [0, 1, 4, 15, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_few_columns(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 5), (columns, 5)))
+    plain = narrow_product(a, b.mT)
+    assert torch.equal(plain, a @ b.mT)
+    monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
+    found = narrow_product(a, b.mT)
+    # As a product leaves it: a loss takes sums along rows.
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, plain)
+
+
+@can_be_set
+def test_products_of_few_columns_are_left_to_onednn_where_it_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
+    shapes: list[torch.Size] = []
+    taken = torch.Tensor.__matmul__
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        shapes.append(a.shape)
+        return taken(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    a, b = torch.ones(9, 5), torch.ones(5, 2)
+    narrow_product(a, b)
+    with products._through_onednn():
+        narrow_product(a, b)
+        narrow_product(a.double(), b.double())
+    assert [tuple(shape) for shape in shapes] == [(2, 5), (9, 5), (2, 5)]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradients_are_the_same_with_few_columns_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = float32_problem(replace(case, n=30))
+    factors = random_units(problem, 3).to(torch.float32)
+    value, gradient = problem.value_and_gradient(factors)
+    monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
+    swapped, found = problem.value_and_gradient(factors)
+    assert swapped == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(found.flat(), gradient.flat(), rtol=1e-4, atol=1e-5 * float(gradient.flat().abs().max()))
+
+
+@pytest.mark.parametrize("workspace", [1, 2**21])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gamma_in_parts_is_gamma(case: Case, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over samples go on in the layout in which products leave them, for some rows or all of them."""
+    problem = float32_problem(replace(case, n=40))
+    L = torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    whole = [gamma for k in range(len(problem.components)) for _, gamma in problem.gammas(L, k)]
+    monkeypatch.setattr(convexheads.problem, "GAMMA_WORKSPACE", workspace)
+    monkeypatch.setattr(convexheads.problem, "GAMMA_SAMPLES", 1)
+    problem.budget = replace(problem.budget, workspace=1)
+    parts = [gamma for k in range(len(problem.components)) for _, gamma in problem.gammas(L, k)]
+    assert len(parts) == len(whole) > 0
+    for part, gamma in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, gamma, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40, 41])
+def test_samples_in_files_are_read_a_few_at_a_time(n: int) -> None:
+    problem = float32_problem(Case("self_attention", n=n, s=6, d=8))
+    whole = warmup.shuffled(problem, torch.float32, torch.Generator().manual_seed(0))
+    problem.forget()
+    problem.budget, problem.cache_bytes = memory.Budget.of(memory.ROOMY), 0
+    found = warmup.shuffled(problem, torch.float32, torch.Generator().manual_seed(0))
+    assert problem.in_files(torch.float32)
+    assert sorted(whole.tolist()) == sorted(found.tolist()) == list(range(n))
+    full = [run for run in found.tolist() if run % warmup.RUN == 0 and run + warmup.RUN <= n]
+    places = {sample: place for place, sample in enumerate(found.tolist())}
+    assert all(places[first + i] == places[first] + i for first in full for i in range(warmup.RUN))
+    if n == 40:
+        assert any(b != a + 1 for a, b in zip(whole.tolist()[::4], whole.tolist()[1::4], strict=True))
+        assert found.tolist() != list(range(n))
 
 
 @pytest.mark.parametrize(("n", "size"), [(40, 8), (41, 8), (7, 8), (10_000, 768)])

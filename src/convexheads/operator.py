@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures import Architecture, Pullback, Stats, by_feature
-from convexheads.products import aligned_product
+from convexheads.products import aligned_product, narrow_product
 from convexheads.types import BlockShape, Units
 
 WORTH_TURNING, WIDER = 2**14, 4
@@ -109,8 +109,8 @@ class Component:
     def forward(self, T: Tensor, v: Tensor) -> Tensor:
         """sum_j T(u_j) v_j: (rows, c) of this component's outputs."""
         if by_feature(T):
-            return T.mT.flatten(1) @ v.transpose(0, 1).flatten(0, 1)
-        return T.flatten(1) @ v.flatten(0, 1)
+            return narrow_product(T.mT.flatten(1), v.transpose(0, 1).flatten(0, 1))
+        return narrow_product(T.flatten(1), v.flatten(0, 1))
 
     def adjoint_v(self, T: Tensor, L: Tensor) -> Tensor:
         """Gradient of <L, A> with respect to v: (m, k, c)."""

@@ -411,6 +411,11 @@ class Problem:
             return self._fresh_stats(index, dtype)
         return [tuple(take_rows(t, index) for t in stats) for stats in whole]
 
+    def in_files(self, dtype: torch.dtype) -> bool:
+        """Whether statistics of the samples here are in temporary files."""
+        whole = self._cached_stats(dtype)
+        return whole is not None and any(isinstance(t, memory.FileRows) for stats in whole for t in stats)
+
     def targets_of(self, index: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Targets and sample weights of some samples."""
         if dtype not in self._cast:
@@ -722,7 +727,9 @@ class Problem:
             step = max(16, min(16 * self._gate_rows(1, dtype), GAMMA_SAMPLES))
             step = max(step, min(4096, int(workspace / size)))
         else:
-            step = max(1, min(self._gate_rows(4, dtype), max(16, int(workspace / size))))
+            # What is summed up takes two copies of a chunk's.
+            units = max(4, math.ceil(2 * size / (ALIVE * component.form.workspace)))
+            step = max(1, min(self._gate_rows(units, dtype), max(16, int(workspace / size))))
         unit = component.form.row_step
         bands = max(1, math.ceil(step * size / workspace))
         band = math.ceil(p / (bands * unit)) * unit
@@ -733,7 +740,8 @@ class Problem:
                 own = L[index].to(dtype).reshape(-1, self.outputs)[:, component.outputs]
                 part = component.form.distinct_adjoint(stats, own, g, rows, part)
             assert part is not None
-            total[rows] = component.form.spread(part).flatten(1)
+            found = component.form.spread(part)
+            total[rows].view(found.shape).copy_(found)
         return self.world.sum(total)
 
     def gammas(self, L: Tensor, k: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int | None, Tensor]]:

@@ -307,11 +307,15 @@ class Architecture:
     def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
         """sum_i T_i (x) L_i of the distinct features T and rows L (n, c) or (n s, c), added to ``total``: (r, k, c)."""
         T = self.distinct_features(stats, rows, gate)
-        r, k = T.shape[-2:]
-        T = T.reshape(-1, r * k)
+        # As it comes, and L first: libraries copy a transposed first factor, and L is the smaller one.
+        turned = T.ndim == 3 and by_feature(T)
+        T = T.mT if turned else T
+        a, b = T.shape[-2:]
+        T = T.reshape(-1, a * b)
+        order = (2, 1, 0) if turned else (1, 2, 0)
         if total is None:
-            return (T.mT @ L).view(r, k, -1)
-        total.view(r * k, -1).addmm_(T.mT, L)
+            return (L.mT @ T).view(-1, a, b).permute(order)
+        total.permute((2, 1, 0) if turned else (2, 0, 1)).view(-1, a * b).addmm_(L.mT, T)
         return total
 
     def spread(self, adjoint: Tensor) -> Tensor:

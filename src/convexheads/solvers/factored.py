@@ -467,7 +467,8 @@ class Factored:
             seen, gap = found, min(gap, found.bound.relative_gap)
             if seen.bound.relative_gap * STEP_LEFT**remaining > target:
                 break
-        self.left = gap / first
+        # One attempt says less than all that have come before.
+        self.left = math.sqrt(self.left * gap / first)
         return None
 
     # Units ------------------------------------------------------------------------------------------------

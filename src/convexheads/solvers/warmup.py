@@ -33,6 +33,8 @@ MOMENTUM, LAST, SQUARES = 0.95, 0.1, 0.95
 the mean square."""
 INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
+RUN = 4
+"""Consecutive samples that are in a mini-batch together where they are read from files."""
 PRUNED_AT, PRUNED = 0.5, 0.01
 """After this share of the epochs the smallest units go, which together have this share of the weight decay."""
 
@@ -58,7 +60,7 @@ def minibatches(
     between.
     """
     dtype, variables = x.dtype, shapes.like(x)
-    order = torch.randperm(problem.n, generator=generator).to(problem.device)
+    order = shuffled(problem, problem.low or dtype, generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
     # Even ones: the gradient of the few samples that are left over would be all noise.
@@ -73,6 +75,17 @@ def minibatches(
         flat = problem.summed(0.0, flat)[1]
         problem.add_decay(variables, shapes.like(flat))
         yield flat
+
+
+def shuffled(problem: Problem, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """The numbers of all samples at random; in runs of a few where what is kept of them in ``dtype`` is in files.
+
+    To read a sample by itself takes about as long as what is computed of it.
+    """
+    run = 1 if problem.world.every(not problem.in_files(dtype)) else RUN
+    starts = run * torch.randperm(math.ceil(problem.n / run), generator=generator)
+    order = (starts[:, None] + torch.arange(run)).flatten()
+    return order[order < problem.n]
 
 
 def adam_epochs(
