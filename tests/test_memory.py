@@ -203,6 +203,14 @@ def test_small_statistics_stay_in_memory_where_large_ones_do_not() -> None:
     assert kinds == ["FileRows", "FileRows"]
 
 
+@pytest.mark.parametrize(("limit", "kernels"), [(32 * MB, 0), (64 * MB, 10), (128 * MB, 46), (999 * MB, 188)])
+def test_a_third_of_a_limit_at_most_is_for_products_of_few_shapes(limit: int, kernels: int) -> None:
+    budget = memory.Budget.of(limit)
+    assert budget.kernels == kernels
+    assert (kernels * memory.KERNEL + memory.TRIAL) * (kernels > 0) <= limit / 3
+    assert memory.Budget.of(None).kernels is memory.Budget.of(memory.ROOMY).kernels is None
+
+
 def test_of_statistics_of_the_same_size_no_more_stay_in_memory_than_fit() -> None:
     found = float32_problem(Case("mixer", n=200, s=6, d=8), Case("mixer", n=200, s=6, d=8, weight=2.0))
     whole = found._cached_stats(torch.float32) or []

@@ -346,6 +346,50 @@ def test_products_of_few_columns_are_left_to_onednn_where_it_takes_them(monkeypa
     assert [tuple(shape) for shape in shapes] == [(2, 5), (9, 5), (2, 5)]
 
 
+@can_be_set
+def test_of_few_shapes_those_that_come_first_go_through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_KEPT", {})
+    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    inside = []
+    for key, shapes in (("a", 3), ("b", 0), ("c", 2), ("d", 1), ("a", 0), ("c", 2)):
+        with products.repeated_products(key, shapes, 5):
+            inside.append(products._in_force(torch.float32))
+    assert inside == [True, False, True, False, True, True]
+    monkeypatch.setattr(products, "exact_through_onednn", lambda: False)
+    with products.repeated_products("a", 3, 5):
+        assert not products._in_force(torch.float32)
+
+
+@can_be_set
+@pytest.mark.parametrize(("limit", "expected"), [("40MB", set()), ("200MB", {32}), (None, set())])
+def test_whole_chunks_of_limited_fits_go_through_onednn(
+    limit: str | None, expected: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations repeat products of the same shapes, but for the chunk that is left over."""
+    monkeypatch.setattr(products, "_KEPT", {})
+    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(Problem, "pass_rows", lambda *args: 32)
+    taken: list[tuple[int, bool]] = []
+    own = Problem.chunk_gradient
+
+    def watched(self: Problem, factors: Factors, stats: Any, targets: torch.Tensor, *rest: Any) -> float:
+        taken.append((len(targets), products._in_force(torch.float32)))
+        return own(self, factors, stats, targets, *rest)
+
+    monkeypatch.setattr(Problem, "chunk_gradient", watched)
+    with memory.limited(limit):
+        problem = float32_problem(Case("self_attention", n=70, s=6, d=8))
+        factors = random_units(problem, 3).to(torch.float32)
+        # No room for a pass of any other number of units is asked for.
+        problem.forward(random_units(problem, 5))
+        assert not products._KEPT
+        found = problem.value_and_gradient(factors)[1]
+    assert [count for count, _ in taken] == [32, 32, 6]
+    assert {count for count, fast in taken if fast} == expected
+    exact = problem.in_dtype(torch.float64).value_and_gradient(factors.to(torch.float64))[1]
+    torch.testing.assert_close(found.flat().double(), exact.flat(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_are_the_same_with_few_columns_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = float32_problem(replace(case, n=30))

@@ -43,6 +43,10 @@ KERNELS = 400 * 10**6
 """Bytes of the code and buffers that oneDNN keeps for the shapes of all products of one fit, about, ..."""
 ROOMY = 10**9
 """... and those from which a limit has room for them."""
+SOME_ROOM, MOST_KERNELS = 64 * 10**6, 128 * 10**6
+"""From the first of these limits on a third of it is for products of a few shapes, but no more than the second: ..."""
+TRIAL, KERNEL = 15 * 10**6, 600_000
+"""... so many bytes for a trial of its precision, and for each shape."""
 KEEPING = 64 * 10**6
 """Limit from which freed pages are kept within a fit: some MB of them are in holes; ..."""
 SINGLE, AT_END = 16, 8
@@ -240,6 +244,14 @@ class Budget:
         """Whether there is room for oneDNN, which keeps compiled code and a scratchpad for every shape of a product."""
         return self.limit is None or self.limit >= ROOMY
 
+    @property
+    def kernels(self) -> int | None:
+        """Shapes of products that there is room for in oneDNN; None: as many as there are."""
+        if self.roomy:
+            return None
+        assert self.limit is not None
+        return max(0, _for_kernels(self.limit) - TRIAL) // KERNEL
+
     def chunk(self, fixed: int) -> int:
         """With a limit, bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller."""
         assert self.limit is not None
@@ -279,7 +291,14 @@ class Budget:
 
 def _overhead(limit: int) -> int:
     """Bytes of a limit that libraries take."""
-    return LIBRARIES + (KERNELS if limit >= ROOMY else 0)
+    return LIBRARIES + _for_kernels(limit)
+
+
+def _for_kernels(limit: int) -> int:
+    """Bytes of a limit that oneDNN may take."""
+    if limit >= ROOMY:
+        return KERNELS
+    return min(limit // 3, MOST_KERNELS) if limit >= SOME_ROOM else 0
 
 
 def least_limit(fixed: int) -> int:

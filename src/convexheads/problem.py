@@ -14,13 +14,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from convexheads import memory
+from convexheads import memory, products
 from convexheads.architectures import Pullback, Stats
 from convexheads.distributed import ALONE, World
 from convexheads.errors import InputError, describe
@@ -51,6 +52,8 @@ GAMMA_WORKSPACE = 2**21  # the same where Gamma is formed: wide products take mo
 GAMMA_SAMPLES = 256  # samples a chunk there
 
 
+EVALUATION_SHAPES = 7
+"""Shapes of the products that a component takes in an evaluation of the objective, at most."""
 ROUNDING = 1e-13
 """Largest sum of a dual point that is taken for rounding."""
 INTERCEPT_STEPS, LEAST_STEP = 60, 1e-8
@@ -472,8 +475,11 @@ class Problem:
         dtype = self.dtype if dtype is None else dtype
         factors = factors.to(dtype)
         O = torch.empty(self.targets.shape, dtype=dtype, device=self.device)
-        for index, stats in self.chunks(dtype, max(1, factors.n_units), cached):
-            O[index] = self.output_chunk(factors, stats, O[index].shape)
+        counted = max(1, factors.n_units)
+        fast = self.repeated_products(factors, self.pass_rows(dtype, counted, cached), 0)
+        for index, stats in self.chunks(dtype, counted, cached):
+            with fast(index.stop - index.start):
+                O[index] = self.output_chunk(factors, stats, O[index].shape)
         return O
 
     # Objective --------------------------------------------------------------------------------------------
@@ -552,11 +558,35 @@ class Problem:
         factors, flat = shapes.like(x), torch.zeros_like(x)
         gradient, sums = shapes.like(flat), Sums()
         total = 0.0
-        for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
-            total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient, sums)
+        dtype, counted = self.low or x.dtype, max(1, factors.n_units)
+        fast = self.repeated_products(factors, self.pass_rows(dtype, counted))
+        for index, stats in self.chunks(dtype, counted):
+            with fast(index.stop - index.start):
+                total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient, sums)
         sums.close()
         total, flat = self.summed(total, flat)
         return total + self.flat_decay(shapes, x, flat), flat
+
+    def repeated_products(
+        self, factors: Factors, rows: int, shapes: int = EVALUATION_SHAPES
+    ) -> Callable[[int], AbstractContextManager[None]]:
+        """What products of chunks, given their numbers of samples, are taken in where memory is limited.
+
+        Those of whole chunks, of ``rows`` samples, are of the same shapes in every pass with as many units. ``shapes``:
+        how many there may be that are new; 0 where only evaluations of the objective are worth what is kept of them.
+        """
+        most, dtype = self.budget.kernels, factors.tensors()[0].dtype
+        if not most or not self.wide_products or dtype != torch.float32 or self.device.type != "cpu":
+            return lambda count: nullcontext()
+        parts = zip(self.components, factors.units, strict=True)
+        key = (rows, tuple((c.form.name, c.form.u_shape, c.q, len(units.v)) for c, units in parts))
+
+        def of(count: int) -> AbstractContextManager[None]:
+            if count != rows:
+                return nullcontext()
+            return products.repeated_products(key, shapes * len(self.components), most)
+
+        return of
 
     def flat_decay(self, shapes: Factors, x: Tensor, gradient: Tensor) -> float:
         """The weight decay of the variables ``x``, summed in float64; its gradient is added to ``gradient``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -106,6 +106,24 @@ def fast_products(multiplications: float = WORTH) -> contextlib.AbstractContextM
     ``multiplications`` is the size of a typical product of the block. A precision that the caller has set is kept.
     """
     return _where(multiplications >= WORTH and exact_through_onednn())
+
+
+_KEPT: dict[Hashable, int] = {}
+"""What products were taken of through oneDNN where it may keep few shapes, in this process, and how many shapes."""
+
+
+def repeated_products(key: Hashable, shapes: int, most: int) -> contextlib.AbstractContextManager[None]:
+    """:func:`fast_products` for products, known by ``key`` and of so many ``shapes``, that are taken again and again.
+
+    Only the first ones of a process, that make ``most`` shapes together: oneDNN keeps code and buffers for each. None
+    that are not known yet if ``shapes`` is 0.
+    """
+    if key not in _KEPT and (not shapes or sum(_KEPT.values()) + shapes > most):
+        return contextlib.nullcontext()
+    if not exact_through_onednn():
+        return contextlib.nullcontext()
+    _KEPT.setdefault(key, shapes)
+    return _where(True)
 
 
 def rough_products(device: torch.device) -> contextlib.AbstractContextManager[None]:

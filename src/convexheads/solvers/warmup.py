@@ -63,6 +63,7 @@ def minibatches(
     order = shuffled(problem, problem.low or dtype, generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
+    fast = problem.repeated_products(variables, most)
     # Even ones: the gradient of the few samples that are left over would be all noise.
     for index in order.tensor_split(batches(problem.n, size)):
         flat = torch.zeros_like(x)
@@ -70,7 +71,9 @@ def minibatches(
         for part in problem.own_samples(index)[0].split(most):
             stats = problem.stats_of(part, problem.low or dtype)
             targets, weights = problem.targets_of(part, dtype)
-            problem.chunk_gradient(variables, stats, targets, weights * (problem.n / len(index)), gradient, sums)
+            weights = weights * (problem.n / len(index))
+            with fast(len(part)):
+                problem.chunk_gradient(variables, stats, targets, weights, gradient, sums)
         sums.close()
         flat = problem.summed(0.0, flat)[1]
         problem.add_decay(variables, shapes.like(flat))
