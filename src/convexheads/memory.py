@@ -247,9 +247,8 @@ class Budget:
     @property
     def kernels(self) -> int | None:
         """Shapes of products that there is room for in oneDNN; None: as many as there are."""
-        if self.roomy:
+        if self.limit is None or self.limit >= ROOMY:
             return None
-        assert self.limit is not None
         return max(0, _for_kernels(self.limit) - TRIAL) // KERNEL
 
     def chunk(self, fixed: int) -> int:
