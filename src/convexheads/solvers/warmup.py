@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from convexheads import memory
 from convexheads.problem import Problem, Sums
 from convexheads.products import low_precision
 from convexheads.solvers.units import no_units, principal_units, turned, turned_rows
@@ -35,6 +36,8 @@ INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
 RUN = 4
 """Consecutive samples that are in a mini-batch together where they are read from files."""
+TRIMMED = 4
+"""Freed memory goes back to the system when one part in so many of a memory limit has been read."""
 PRUNED_AT, PRUNED = 0.5, 0.01
 """After this share of the epochs the smallest units go, which together have this share of the weight decay."""
 
@@ -63,7 +66,7 @@ def minibatches(
     order = shuffled(problem, problem.low or dtype, generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
-    fast = problem.repeated_products(variables, most)
+    fast, read = problem.repeated_products(variables, most), 0
     # Even ones: the gradient of the few samples that are left over would be all noise.
     for index in order.tensor_split(batches(problem.n, size)):
         flat = torch.zeros_like(x)
@@ -75,6 +78,11 @@ def minibatches(
             with fast(len(part)):
                 problem.chunk_gradient(variables, stats, targets, weights, gradient, sums)
         sums.close()
+        read += len(index) * problem.stats_bytes
+        if problem.budget.limit is not None and TRIMMED * read >= problem.budget.limit:
+            # What was read leaves holes that hold no more than a part of what is read next.
+            memory.trim()
+            read = 0
         flat = problem.summed(0.0, flat)[1]
         problem.add_decay(variables, shapes.like(flat))
         yield flat
