@@ -302,14 +302,17 @@ def test_rows_of_aligned_products_start_at_multiples(
     torch.testing.assert_close(found, plain)
 
 
+@pytest.mark.parametrize("worth", ["WORTH_ALIGNING", "WORTH_SWAPPING"])
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_gradients_are_the_same_with_aligned_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_the_same_with_products_laid_out_otherwise(
+    case: Case, worth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = float32_problem(replace(case, n=30))
     factors = random_units(problem, 3).to(torch.float32)
     value, gradient = problem.value_and_gradient(factors)
-    monkeypatch.setattr(products, "WORTH_ALIGNING", 0)
-    aligned, found = problem.value_and_gradient(factors)
-    assert aligned == pytest.approx(value, rel=1e-6)
+    monkeypatch.setattr(products, worth, 0)
+    otherwise, found = problem.value_and_gradient(factors)
+    assert otherwise == pytest.approx(value, rel=1e-6)
     torch.testing.assert_close(found.flat(), gradient.flat(), rtol=1e-4, atol=1e-5 * float(gradient.flat().abs().max()))
 
 
@@ -388,17 +391,6 @@ def test_whole_chunks_of_limited_fits_go_through_onednn(
     assert {count for count, fast in taken if fast} == expected
     exact = problem.in_dtype(torch.float64).value_and_gradient(factors.to(torch.float64))[1]
     torch.testing.assert_close(found.flat().double(), exact.flat(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_gradients_are_the_same_with_few_columns_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = float32_problem(replace(case, n=30))
-    factors = random_units(problem, 3).to(torch.float32)
-    value, gradient = problem.value_and_gradient(factors)
-    monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
-    swapped, found = problem.value_and_gradient(factors)
-    assert swapped == pytest.approx(value, rel=1e-6)
-    torch.testing.assert_close(found.flat(), gradient.flat(), rtol=1e-4, atol=1e-5 * float(gradient.flat().abs().max()))
 
 
 @pytest.mark.parametrize("workspace", [1, 2**21])

@@ -475,9 +475,8 @@ class Problem:
         dtype = self.dtype if dtype is None else dtype
         factors = factors.to(dtype)
         O = torch.empty(self.targets.shape, dtype=dtype, device=self.device)
-        counted = max(1, factors.n_units)
-        fast = self.repeated_products(factors, self.pass_rows(dtype, counted, cached), 0)
-        for index, stats in self.chunks(dtype, counted, cached):
+        fast = self.repeated_products(factors, shapes=0)
+        for index, stats in self.chunks(dtype, max(1, factors.n_units), cached):
             with fast(index.stop - index.start):
                 O[index] = self.output_chunk(factors, stats, O[index].shape)
         return O
@@ -558,9 +557,8 @@ class Problem:
         factors, flat = shapes.like(x), torch.zeros_like(x)
         gradient, sums = shapes.like(flat), Sums()
         total = 0.0
-        dtype, counted = self.low or x.dtype, max(1, factors.n_units)
-        fast = self.repeated_products(factors, self.pass_rows(dtype, counted))
-        for index, stats in self.chunks(dtype, counted):
+        fast = self.repeated_products(factors)
+        for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
             with fast(index.stop - index.start):
                 total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient, sums)
         sums.close()
@@ -568,16 +566,19 @@ class Problem:
         return total + self.flat_decay(shapes, x, flat), flat
 
     def repeated_products(
-        self, factors: Factors, rows: int, shapes: int = EVALUATION_SHAPES
+        self, factors: Factors, rows: int | None = None, shapes: int = EVALUATION_SHAPES
     ) -> Callable[[int], AbstractContextManager[None]]:
         """What products of chunks, given their numbers of samples, are taken in where memory is limited.
 
-        Those of whole chunks, of ``rows`` samples, are of the same shapes in every pass with as many units. ``shapes``:
-        how many there may be that are new; 0 where only evaluations of the objective are worth what is kept of them.
+        Those of whole chunks, of ``rows`` samples (None: as in a pass), are of the same shapes whenever there are as
+        many units. ``shapes``: how many there may be that are new; 0 where only evaluations of the objective are worth
+        what is kept of them.
         """
         most, dtype = self.budget.kernels, factors.tensors()[0].dtype
         if not most or not self.wide_products or dtype != torch.float32 or self.device.type != "cpu":
             return lambda count: nullcontext()
+        if rows is None:
+            rows = self.pass_rows(dtype, max(1, factors.n_units))
         parts = zip(self.components, factors.units, strict=True)
         key = (rows, tuple((c.form.name, c.form.u_shape, c.q, len(units.v)) for c, units in parts))
 

@@ -78,11 +78,12 @@ def minibatches(
             with fast(len(part)):
                 problem.chunk_gradient(variables, stats, targets, weights, gradient, sums)
         sums.close()
-        read += len(index) * problem.stats_bytes
-        if problem.budget.limit is not None and TRIMMED * read >= problem.budget.limit:
-            # What was read leaves holes that hold no more than a part of what is read next.
-            memory.trim()
-            read = 0
+        if problem.budget.limit is not None:
+            read += len(index) * problem.stats_bytes
+            if TRIMMED * read >= problem.budget.limit:
+                # What was read leaves holes that hold no more than a part of what is read next.
+                memory.trim()
+                read = 0
         flat = problem.summed(0.0, flat)[1]
         problem.add_decay(variables, shapes.like(flat))
         yield flat
