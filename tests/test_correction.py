@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from contract_cases import HEADS, NUCLEAR, Case, float32_problem, make_setting, random_units
+from convexheads.bench.problems import make_task, our_problem
 from convexheads.certificate import dual_point
 from convexheads.memory import Budget
 from convexheads.problem import Problem
@@ -105,7 +107,7 @@ def test_the_equations_are_symmetric_and_positive(case: Case, loss: str) -> None
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_numbers_of_a_block_are_the_adjoint_of_its_matrix(symmetric: bool) -> None:
     like = torch.zeros(1, dtype=torch.float64)
-    block = Block.of(slice(3, 8), 1.0, symmetric, like)
+    block = Block.of(slice(3, 8), 1.0, like.expand(5) if symmetric else None, like)
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(block.size, generator=generator, dtype=torch.float64)
     F = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
@@ -172,7 +174,7 @@ def test_of_a_quadratic_loss_large_units_get_the_size_that_suits_them(
     equations = Correction(problem, O, [], factors, 0.05)
     assert 0 < sum(map(len, (own.v for own in equations.vectors))) <= factors.n_units
     before = equations.right.norm()
-    P = problem.forward(corrected(problem, factors, O, [], large=0.05))
+    P = problem.forward(corrected(problem, factors, O, [], moving=True, large=0.05))
     after = Correction(problem, P, [], factors, 0.05).right
     assert float(before) > 0.0
     assert float(after.norm()) <= 1e-6 * float(before)
@@ -219,6 +221,75 @@ def test_small_units_are_left_out_for_no_more_than_is_allowed() -> None:
     fewer = corrected(problem, factors, O, pairs, drop)
     assert 0 < fewer.n_units < whole.n_units
     assert problem.value(fewer) <= problem.value(whole) + drop
+
+
+@pytest.mark.parametrize("held", [None, torch.tensor([2.0, 0.5, 0.1, 1.0], dtype=torch.float64)])
+def test_the_surplus_of_a_block_and_its_proximal_operator(held: Tensor | None) -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    block = Block.of(slice(2, 6), 0.7, held, like)
+    generator = torch.Generator().manual_seed(3)
+    t, seen = 0.3, []
+    for size in (0.05, 0.5, 3.0):
+        y = size * torch.randn(block.size, generator=generator, dtype=torch.float64)
+        S = block.matrix(y)
+        whole, sign = (S, 1.0) if held is None else (S + held.diag(), -1.0)
+        growth = 0.7 * float(torch.linalg.matrix_norm(whole, "nuc") + sign * whole.trace())
+        assert block.surplus(y) == pytest.approx(growth, abs=1e-12)
+        z = block.shrunk(y, t)
+        least = t * block.surplus(z) + 0.5 * float((z - y).square().sum())
+        seen.append(least)
+        # It is strictly convex, so that no point near it is better.
+        for step in (1e-3, 1e-1, 1.0):
+            other = z + step * torch.randn(block.size, generator=generator, dtype=torch.float64)
+            assert t * block.surplus(other) + 0.5 * float((other - y).square().sum()) > least
+    assert seen[-1] > 0.0
+    feasible = -(S @ S.mT) if held is None else 0.1 * torch.eye(4, dtype=torch.float64)
+    numbers = block.numbers(feasible)
+    assert block.surplus(numbers) == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(block.shrunk(numbers, t), numbers)
+
+
+@every_head
+def test_where_the_penalty_would_grow_the_step_counts_it(
+    heads: tuple[Case, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least of a convex objective: the same as the equations' where these have no surplus."""
+    problem, factors, pairs = prepared(heads, "squared")
+    for name, value in (("ACCURACY", 1e-7), ("STEPS", 200), ("PROXIMAL_STEPS", 100)):
+        monkeypatch.setattr(correction, name, value)
+    monkeypatch.setattr(correction, "SPLITTING_STEPS", 5000)
+    monkeypatch.setattr(correction, "SPLITTING_ACCURACY", 1e-12)
+    equations = Correction(problem, problem.forward(factors), pairs, factors, 0.05)
+
+    def objective(y: Tensor) -> float:
+        return float(0.5 * y @ equations.apply(y) - equations.right @ y) + equations.surplus(y)
+
+    y, plain = equations.minimise(), equations.solve()
+    assert objective(y) < 0.0
+    assert objective(y) <= objective(plain) + 1e-9 * abs(objective(y))
+    generator = torch.Generator().manual_seed(4)
+    size = float(y.norm()) / math.sqrt(len(y))
+    for step in (1e-3, 1e-2, 1e-1):
+        change = torch.randn(len(y), generator=generator, dtype=y.dtype)
+        assert objective(y + step * size * change) >= objective(y) * (1.0 - 1e-6)
+    if equations.surplus(plain) <= 1e-12 * abs(objective(y)):
+        assert objective(y) == pytest.approx(objective(plain), rel=1e-5)
+
+
+def test_many_singular_values_next_to_beta_keep_no_correction_from_its_gap() -> None:
+    """Without the surplus such a step led from 3e-3 to 1.6e-2."""
+    X = np.random.default_rng(0).normal(size=(2000, 64, 12))
+    problem = our_problem(make_task("self_attention", X, X[:, :, :4].mean(1).argmax(1), 0.1))
+    state = factored.Factored(problem, 1e-4, 100, None, 0, None, False)
+    seen = state.close_look(solver_function("factored")(problem, tol=1e-9, max_iter=10, prove=False).factors)
+    allowed = 0.3 * seen.bound.gap
+    assert Correction(problem, seen.outputs.to(problem.dtype), seen.pairs).likely_surplus() > 3.0 * allowed
+    gaps = {}
+    for most in (math.inf, 3.0 * allowed):
+        moved = corrected(problem, seen.refitted, seen.outputs, seen.pairs, large=0.05, most=most)
+        gaps[most] = state.close_look(moved).bound.relative_gap
+    assert gaps[3.0 * allowed] < 0.3 * seen.bound.relative_gap
+    assert gaps[3.0 * allowed] < 0.4 * gaps[math.inf]
 
 
 def test_of_many_pairs_the_largest_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +351,7 @@ def test_a_correction_of_no_use_is_not_tried_again_at_the_same_gap(monkeypatch: 
 
     monkeypatch.setattr(factored.Factored, "correct", watch)
     # What comes back is what went in.
-    monkeypatch.setattr(factored, "corrected", lambda problem, factors, O, pairs, drop, large: factors)
+    monkeypatch.setattr(factored, "corrected", lambda problem, factors, *rest: factors)
     problem = classified("linear")
     solution = solver_function("factored")(problem, tol=1e-3)
     assert solution.converged
@@ -293,15 +364,15 @@ def test_units_move_where_they_would_keep_the_gap_open() -> None:
     state = factored.Factored(problem, 1e-5, 100, None, 0, None, False)
     factors = solver_function("factored")(problem, tol=2e-3, prove=False).factors
     gaps = {}
-    for large in (math.inf, 0.1):
+    for moving in (False, True):
         seen = state.close_look(factors)
         for step in range(6):
             assert seen.pairs
-            each = large if step % 2 == 0 else math.inf
-            moved = corrected(problem, seen.refitted, seen.outputs, seen.pairs, large=each)
+            each = moving and step % 2 == 0
+            moved = corrected(problem, seen.refitted, seen.outputs, seen.pairs, large=0.1, moving=each)
             seen = state.close_look(moved)
-        gaps[large] = seen.bound.relative_gap
-    assert gaps[0.1] < 0.6 * gaps[math.inf]
+        gaps[moving] = seen.bound.relative_gap
+    assert gaps[True] < 0.6 * gaps[False]
 
 
 def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,14 +389,15 @@ def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.Mo
 
     def watch(*args: Any) -> Factors:
         starts.append(args[1])
-        used.append(args[-1])
-        return closed(*args)
+        *rest, large, moving, _ = args
+        used.append(large if moving else math.inf)
+        return closed(*rest, large, moving)
 
     monkeypatch.setattr(factored, "corrected", watch)
     state.correct(seen, 1e-4)
     assert used[0] == 0.01
     assert state.large > 0.01
-    assert used[1] in (state.large, 0.03)
+    assert used[1] in (math.inf, state.large, 0.03)
     # What went wrong was not gone on from.
     assert starts[1] is starts[0]
     # What is hoped for next time lies between what was, and what this attempt has left.

@@ -16,6 +16,16 @@ a block's large units, Z + A^T S B has the nuclear norm of Z plus the trace of S
 is Newton's step of the objective itself. (An S that is not symmetric turns units, where the norm has curvature; small
 units would change their sign.) Both together are a few hundred numbers. They are solved for by conjugate gradients at
 the features of a few vectors, preconditioned by their Hessian as sampled gradients have it.
+
+The equations know the nuclear norm where -S of pairs, and the sizes of units plus S, are positive semidefinite: there
+it is the trace. Where many singular values lie next to beta w, S of pairs may be far from that, and the sizes that it
+adds then exceed all that was to be gained. What the norm grows by beyond the trace is convex in S: with it the step is
+
+    argmin over y of (1/2) <y, H y> - <right, y> + beta w sum_g (||S_g||_* + tr S_g),
+
+for units of sizes D_g instead with ||D_g + S_g||_* - tr(D_g + S_g): a small convex program, solved by proximal Newton
+steps (Lee, Sun and Saunders 2014) in the metric of the sampled Hessian, each of them by the alternating direction
+method of multipliers (Boyd et al. 2011).
 """
 
 from __future__ import annotations
@@ -46,6 +56,9 @@ STEPS, ACCURACY = 20, 0.1
 ROWS_EACH, ROWS_EXACT = 8, 2**14
 """Sampled gradients for each number, that the preconditioner is made of; where these, or so many in all, are one for
 every output of every sample, it is the Hessian itself."""
+PROXIMAL_STEPS, SPLITTING_STEPS, SPLITTING_ACCURACY = 8, 200, 1e-3
+"""Proximal Newton steps at most, each of so many steps of the alternating direction method at most, or until one
+changes the numbers by no more than this share."""
 DAMPING = 1e-3
 """Share of its diagonal that is added to it: pairs and units may be nearly the same."""
 
@@ -60,22 +73,30 @@ class Block:
     upper : for large units the places of the entries on and above the diagonal in a row-major (k, k); None for pairs,
         all of whose entries are numbers.
     scale : entry of S for a number of one, for large units: so that numbers have the norm of S.
-    target : what the diagonal of U (A_g^* L) V^T ought to be.
+    damping : beta w.
+    held : D (k,), the sizes of large units; None for pairs.
     """
 
     rows: slice
     upper: Tensor | None
     scale: Tensor | None
-    target: float
+    damping: float
+    held: Tensor | None
 
     @classmethod
-    def of(cls, rows: slice, target: float, symmetric: bool, like: Tensor) -> Block:
-        """The block of these rows."""
-        if not symmetric:
-            return cls(rows, None, None, target)
+    def of(cls, rows: slice, damping: float, held: Tensor | None, like: Tensor) -> Block:
+        """The block of these rows: of pairs, or of units of the sizes ``held``."""
+        if held is None:
+            return cls(rows, None, None, damping, None)
         k = rows.stop - rows.start
         i, j = torch.triu_indices(k, k, device=like.device)
-        return cls(rows, i * k + j, torch.where(i == j, 1.0, math.sqrt(0.5)).to(like.dtype), target)
+        scale = torch.where(i == j, 1.0, math.sqrt(0.5)).to(like.dtype)
+        return cls(rows, i * k + j, scale, damping, held.to(like.dtype))
+
+    @property
+    def target(self) -> float:
+        """What the diagonal of U (A_g^* L) V^T ought to be."""
+        return self.damping if self.held is None else -self.damping
 
     @property
     def size(self) -> int:
@@ -99,6 +120,25 @@ class Block:
         # On the diagonal this counts twice what the factor of a half takes back.
         return (F + F.mT).flatten(-2)[..., self.upper] * torch.where(self.scale == 1.0, 0.5, self.scale)
 
+    def surplus(self, numbers: Tensor) -> float:
+        """By how much the nuclear norm grows beyond the trace, times beta w: never negative."""
+        S = self.matrix(numbers)
+        if self.held is None:
+            return self.damping * max(0.0, float(torch.linalg.svdvals(S).sum() + S.trace()))
+        return -2.0 * self.damping * float(torch.linalg.eigvalsh(S + self.held.diag()).clamp_max(0.0).sum())
+
+    def shrunk(self, numbers: Tensor, t: float) -> Tensor:
+        """The proximal operator of ``t`` times the surplus."""
+        S, t = self.matrix(numbers), t * self.damping
+        if self.held is None:
+            left, sigma, right = torch.linalg.svd(S - t * torch.eye(len(S), dtype=S.dtype, device=S.device))
+            return ((left * (sigma - t).clamp_min(0.0)) @ right).flatten()
+        D = self.held.diag()
+        size, axes = torch.linalg.eigh(S + D)
+        # What is negative counts twice.
+        size = size.clamp_min(0.0) + (size + 2.0 * t).clamp_max(0.0)
+        return self.numbers((axes * size) @ axes.mT - D)
+
 
 class Correction:
     """The equations at outputs ``O`` of a head, for the singular ``pairs`` of A_g^* L there that lie above beta w.
@@ -119,7 +159,7 @@ class Correction:
     ) -> None:
         self.problem, self.O = problem, O
         limit = problem.budget.limit
-        most = MOST_NUMBERS if limit is None else min(MOST_NUMBERS, math.isqrt(limit // 256))
+        most = MOST_NUMBERS if limit is None else min(MOST_NUMBERS, math.isqrt(limit // 128))
         # Of every component the vectors on the left and on the right, and the blocks of S between them.
         self.vectors, self.blocks = _chosen(problem, O, pairs, factors, large, most)
         self.sizes = [block.size for blocks in self.blocks for block in blocks]
@@ -251,8 +291,61 @@ class Correction:
             direction = turned + (size / before) * direction
         return y
 
-    def _turned(self, residual: Tensor) -> Tensor:
-        found = torch.cholesky_solve(residual[:, None], self.factor)[:, 0]
+    def _parts(self, y: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Every block with its numbers."""
+        every = [block for blocks in self.blocks for block in blocks]
+        return zip(every, y[: sum(self.sizes)].split(self.sizes), strict=True)
+
+    def surplus(self, y: Tensor) -> float:
+        """By how much more than the equations know the penalty grows."""
+        return sum(block.surplus(numbers) for block, numbers in self._parts(y))
+
+    def likely_surplus(self) -> float:
+        """That of the step which the sampled Hessian alone leads to."""
+        return self.surplus(self._turned(self.right))
+
+    def minimise(self) -> Tensor:
+        """The numbers of the step with the surplus counted, and its intercept."""
+        y, gradient = torch.zeros_like(self.right), -self.right
+        M = self.factor @ self.factor.mT
+        surplus = first = 0.0
+        for _ in range(PROXIMAL_STEPS):
+            there = self._proximal(y, M @ y - gradient, M)
+            direction = there - y
+            fall = surplus - self.surplus(there) - float(gradient @ direction)
+            first = max(first, fall)
+            if not fall > ACCURACY**2 * first:
+                break
+            image = self.apply(direction)
+            # The surplus, which is convex, is at most what lies between both ends.
+            t = min(1.0, fall / float(direction @ image))
+            y, gradient = y + t * direction, gradient + t * image
+            surplus = self.surplus(y)
+        return y
+
+    def _proximal(self, start: Tensor, linear: Tensor, M: Tensor) -> Tensor:
+        """argmin over y of (1/2) <y, M y> - <linear, y> + surplus(y)."""
+        count = sum(self.sizes)
+        # One weight a block: what is shrunk are singular values of all of it. The intercept has no part in that.
+        weights = [float(own.mean()) for own in M.diagonal()[:count].split(self.sizes)]
+        rho = torch.cat([M.new_full((size,), weight) for size, weight in zip(self.sizes, weights, strict=True)])
+        K, right = M.clone(), linear.clone()
+        K.diagonal()[:count].add_(rho)
+        factor = positive_factor(K)
+        y, z, dual = start, start[:count], torch.zeros_like(rho)
+        for _ in range(SPLITTING_STEPS):
+            right[:count] = linear[:count] + rho * (z - dual)
+            y = self._turned(right, factor)
+            before, shifted = z, y[:count] + dual
+            parts = zip(self._parts(shifted), weights, strict=True)
+            z = torch.cat([block.shrunk(numbers, 1.0 / weight) for (block, numbers), weight in parts])
+            dual = shifted - z
+            if float((y[:count] - z).norm() + (z - before).norm()) <= SPLITTING_ACCURACY * float(z.norm()):
+                break
+        return torch.cat([z, y[count:]])
+
+    def _turned(self, residual: Tensor, factor: Tensor | None = None) -> Tensor:
+        found = torch.cholesky_solve(residual[:, None], self.factor if factor is None else factor)[:, 0]
         if self.free and self.problem.loss.shift_free:
             # What the loss does not see is rounding, of which next to no curvature makes any number.
             b = found[len(found) - self.free :]
@@ -312,24 +405,23 @@ def _chosen(
             count -= 2 * there + 1
             break
         taken[pair.component, pair.gate] = there + 1
-    large = _large_units(problem, factors, weights, share, most - count)
+    large, held = _large_units(problem, factors, weights, share, most - count)
     vectors, blocks = [], []
     for k, (component, weight) in enumerate(zip(problem.components, weights, strict=True)):
         units = pair_units(component, [pair for pair in pairs if pair.component == k], O)
-        symmetric = torch.arange(len(units.v) + (0 if large is None else len(large[k].v)), device=O.device)
-        symmetric = symmetric >= len(units.v)
-        if large is not None:
-            units = _appended(units, large[k].to(O.dtype))
+        symmetric = torch.arange(len(units.v) + len(held[k]), device=O.device) >= len(units.v)
+        sizes = torch.cat([held[k].new_zeros(len(units.v)), held[k]])
+        units = _appended(units, large[k].to(O.dtype))
         if units.gate is None:
             groups = [(own, bool(symmetric[own.start])) for _, own in gate_groups(symmetric.long())]
         else:
             order = (2 * units.gate + symmetric).argsort(stable=True)
-            units = pick(units, order)
+            units, sizes = pick(units, order), sizes[order]
             assert units.gate is not None
             key = 2 * units.gate + symmetric[order]
             groups = [(own, bool(which % 2)) for which, own in gate_groups(key)]
         vectors.append(units)
-        blocks.append([Block.of(own, -weight if of_units else weight, of_units, O) for own, of_units in groups])
+        blocks.append([Block.of(own, weight, sizes[own] if of_units else None, O) for own, of_units in groups])
     return vectors, blocks
 
 
@@ -343,19 +435,17 @@ def _appended(first: Units, second: Units) -> Units:
 
 def _large_units(
     problem: Problem, factors: Factors | None, weights: list[float], share: float, room: int
-) -> list[Units] | None:
-    """Vectors of length one of the largest principal units of every component; None where no units are to move."""
+) -> tuple[list[Units], list[Tensor]]:
+    """Vectors of length one of the largest principal units of every component, and their sizes; none of no factors."""
     if factors is None:
-        return None
+        none = [pair_units(component, [], problem.weights) for component in problem.components]
+        return none, [units.v.new_zeros(0) for units in none]
     whole = canonical(problem, factors.to(torch.float64), 0.0)[0]
     # Balanced: both sides have the root of the singular value for their length.
     sizes = [
-        units.v.flatten(1).square().sum(1) * weight if units.u is not None else units.v.new_zeros(0)
-        for units, weight in zip(whole.units, weights, strict=True)
+        units.v.flatten(1).square().sum(1) if units.u is not None else units.v.new_zeros(0) for units in whole.units
     ]
-    every = torch.cat(sizes)
-    if not len(every):
-        return [no_units(units) for units in whole.units]
+    every = torch.cat([size * weight for size, weight in zip(sizes, weights, strict=True)])
     owner = [(k, i) for k, own in enumerate(sizes) for i in range(len(own))]
     chosen: list[list[int]] = [[] for _ in sizes]
     taken: dict[tuple[int, int], int] = {}
@@ -368,17 +458,18 @@ def _large_units(
             break
         taken[key] = taken.get(key, 0) + 1
         chosen[k].append(i)
-    found = []
-    for own, units, weight, size in zip(chosen, whole.units, weights, sizes, strict=True):
+    found, held = [], []
+    for own, units, size in zip(chosen, whole.units, sizes, strict=True):
+        held.append(size[sorted(own)])
         if units.u is None:
             found.append(no_units(units))
             continue
         picked = pick(units, torch.tensor(sorted(own), dtype=torch.long, device=units.v.device))
-        length = (size[sorted(own)] / weight).sqrt()
         assert picked.u is not None
-        u, v = (t / length.view(-1, *[1] * (t.ndim - 1)) for t in (picked.u, picked.v))
+        root = held[-1].sqrt()
+        u, v = (t / root.view(-1, *[1] * (t.ndim - 1)) for t in (picked.u, picked.v))
         found.append(Units(u, v, picked.gate))
-    return found
+    return found, held
 
 
 def corrected(
@@ -387,16 +478,25 @@ def corrected(
     O: Tensor,
     pairs: list[SingularPair],
     drop: float = 0.0,
-    large: float = math.inf,
+    large: float = 0.0,
+    moving: bool = False,
+    most: float = math.inf,
 ) -> Factors:
     """``factors`` after the step: balanced units, a few more of them, in float64.
 
-    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors; Units of at
-    least ``large`` of the largest one move, too.
+    ``pairs`` are those of A_g^* L above beta w at the outputs ``O`` of the factors. Units of at least ``large`` of the
+    largest one move, too, if they are ``moving``. Where the penalty would grow by more than ``most`` beyond what the
+    equations know, the step is one that counts it, and such units move in any case.
     The smallest units are left out where that costs the objective no more than ``drop``.
     """
-    equations = Correction(problem, O.to(problem.dtype), pairs, factors if large <= 1.0 else None, large)
-    step, whole = equations.step(equations.solve()).to(torch.float64), factors.to(torch.float64)
+    O = O.to(problem.dtype)
+    equations = Correction(problem, O, pairs, factors if moving else None, large)
+    y = None if equations.likely_surplus() > most else equations.solve()
+    if y is None or equations.surplus(y) > most:
+        if not moving:
+            equations = Correction(problem, O, pairs, factors, large)
+        y = equations.minimise()
+    step, whole = equations.step(y).to(torch.float64), factors.to(torch.float64)
     units = [
         old if old.u is None or not len(new.v) else join_units(old, new)
         for old, new in zip(whole.units, step.units, strict=True)

@@ -116,9 +116,10 @@ POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
 """... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
-LEFT, ONE_LEFT = 0.105, 0.3
+LEFT, EXACT_LEFT, FEW_LEFT, MANY_SAMPLES = 0.105, 0.15, 0.3, 5000
 """Share of the gap that is left by corrections along the singular pairs above beta, before it is known; the second one
-where all pairs there are seen at once, so that one correction does what it can do; ..."""
+where all singular values are found, of which many lie next to beta then; the third one where samples are fewer than
+the last number, too, and a correction takes as long as ten iterations; ..."""
 CORRECTIONS, STEP_LEFT = 5, 0.5
 """... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
 PUSHED = 0.13
@@ -127,6 +128,9 @@ too large for that."""
 LARGE, FEWER, OVERDONE = 0.05, 3.0, 0.5
 """These are units of at least this share of the largest one; of so many times that share from then on where what the
 gap would be without its excess has grown, and is above this share of the target."""
+SURPLUS = 3.0
+"""Growth of the penalty beyond what the equations of a correction know, as a share of the gap that is asked for, from
+which the correction counts it, and moves large units, too: without, no other one comes to the target from there."""
 CORRECTION_SPARED = 0.005
 """Share of the tolerance, of the objective, in the smallest units that a correction leaves out: what that does to the
 dual point is of first order, and would have to be corrected in turn."""
@@ -312,7 +316,9 @@ class Factored:
         self.slack = 1.0 if exact else SLACK
         # The share of the largest unit from which corrections move units, and that of the gap that they leave.
         self.large = LARGE
-        self.left = ONE_LEFT if exact else LEFT
+        self.left = LEFT
+        if exact:
+            self.left = EXACT_LEFT if problem.n >= MANY_SAMPLES else FEW_LEFT
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
@@ -449,12 +455,12 @@ class Factored:
         allowed = target * abs(seen.bound.primal)
         turn = False
         for remaining in reversed(range(CORRECTIONS)):
-            if not seen.pairs:
-                break
             # What is left when nothing is above beta any more: by then it has grown by a share of what was above.
             turn = not turn and self.large <= 1.0 and seen.slack + PUSHED * seen.bound.gap > allowed
-            spare, large = CORRECTION_SPARED * allowed, self.large if turn else math.inf
-            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare, large)
+            if not turn and not seen.pairs:
+                break
+            spare, most = CORRECTION_SPARED * allowed, SURPLUS * allowed
+            factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare, self.large, turn, most)
             if self.max_rank is not None:
                 factors = largest(factors, self.max_rank)
             found = self.close_look(factors)
