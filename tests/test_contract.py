@@ -30,7 +30,7 @@ from contract_cases import (
     random_units,
     reference_outputs,
 )
-from convexheads import ConvexHeadClassifier, ConvexHeadRegressor, load
+from convexheads import ConvexHeadClassifier, ConvexHeadRegressor, load, losses
 from convexheads.architectures import ARCHITECTURES
 from convexheads.certificate import bound_sigma, certify_factors, dual_point, penalty, refit_intercept
 from convexheads.errors import InputError
@@ -437,6 +437,21 @@ def test_fenchel_young(name: str, tokens: bool) -> None:
     ]
     assert min(slacks) >= -1e-12
     assert max(slacks) > 1e-3
+
+
+@pytest.mark.parametrize("part", [1, 7, 16])
+@every_loss
+@every_output
+def test_the_conjugate_in_parts_is_the_conjugate(
+    name: str, tokens: bool, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, O, Y, a = loss_data(name, tokens=tokens)
+    a[1:3] = 0.0
+    L = loss.gradient(O, Y, a)
+    whole, most = loss.conjugate(0.7 * L, Y, a), loss.max_scale(L, Y, a)
+    monkeypatch.setattr(losses, "PART", part)
+    assert loss.conjugate(L, Y, a, 0.7) == pytest.approx(whole, rel=1e-13)
+    assert loss.max_scale(L, Y, a) == most
 
 
 @every_loss

@@ -108,7 +108,7 @@ def dual_value(
     targets, weights = problem.targets_of(slice(0, problem.n), L.dtype)
 
     def value(alpha: float) -> float:
-        return -problem.loss.conjugate(alpha * L, targets, weights) - alpha**2 * ridge
+        return -problem.loss.conjugate(L, targets, weights, alpha) - alpha**2 * ridge
 
     # Concave along the ray, of slope -<L, O> - 2 ridge at alpha = 1, where L is in the domain of the conjugate.
     if known is not None and upper <= 1.0 and -known.inner - 2.0 * ridge >= 0:

@@ -12,6 +12,7 @@ contract tests then check the gradient, the curvature and Fenchel-Young by thems
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from convexheads.distributed import World
 from convexheads.errors import InputError, describe
 
 LOSSES: dict[str, type[Loss]] = {}
+PART = 2**19
+"""Numbers that the conjugate is taken of at a time: its temporaries would be several times as large as the outputs."""
 
 
 def register(cls: type[Loss]) -> type[Loss]:
@@ -43,6 +46,18 @@ def _weighted_sum(entries: Tensor, weights: Tensor) -> float:
     """sum_i a_i of the entries (n,) or (n, s), in float64."""
     exact = entries.double()
     return float((exact if exact.ndim == 1 else exact.flatten(1).sum(1)) @ weights.double())
+
+
+def _weighted_parts(L: Tensor, Y: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Samples whose weight is not zero, with targets and weights, in parts whose temporaries stay small."""
+    step = max(1, PART // max(1, L[:1].numel()))
+    for own, y, w in zip(L.split(step), Y.split(step), a.split(step), strict=True):
+        used = w > 0
+        if bool(used.all()):
+            if len(w):
+                yield own, y, w
+        elif bool(used.any()):
+            yield own[used], y[used], w[used]
 
 
 class Loss(ABC):
@@ -113,18 +128,18 @@ class Loss(ABC):
         """Hessian of f at ``O`` times ``D``, shape of ``O``."""
         return self.entry_hessian_product(O, Y, D) * _expand(a, O)
 
-    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
-        """f*(L) = sum_i a_i l*(L_i / a_i); samples of weight zero must have L_i = 0."""
-        used = a > 0
-        if not bool(used.all()):
-            L, Y, a = L[used], Y[used], a[used]
+    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor, scale: float = 1.0) -> float:
+        """f*(scale L), with f*(L) = sum_i a_i l*(L_i / a_i); samples of weight zero must have L_i = 0."""
+        return sum((self._conjugate(scale * own, *rest) for own, *rest in _weighted_parts(L, Y, a)), 0.0)
+
+    def _conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         G = self.entry_project(L / _expand(a, L), Y)
         return _weighted_sum(self.entry_conjugate(G, Y), a)
 
     def max_scale(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         """Largest alpha with alpha L in the domain of f*."""
-        used = a > 0
-        return float(self.entry_max_scale(L[used] / _expand(a[used], L), Y[used]).min())
+        parts = _weighted_parts(L, Y, a)
+        return min(float(self.entry_max_scale(own / _expand(w, own), y).min()) for own, y, w in parts)
 
 
 @register
@@ -320,8 +335,8 @@ class SharedLoss(Loss):
         value, gradient = self.own.value_and_gradient(O, Y, a)
         return self.world.total(value), gradient
 
-    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
-        return self.world.total(self.own.conjugate(L, Y, a))
+    def conjugate(self, L: Tensor, Y: Tensor, a: Tensor, scale: float = 1.0) -> float:
+        return self.world.total(self.own.conjugate(L, Y, a, scale))
 
     def max_scale(self, L: Tensor, Y: Tensor, a: Tensor) -> float:
         # A worker whose samples all have weight zero has nothing to say.

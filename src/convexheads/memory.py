@@ -44,7 +44,8 @@ KERNELS = 400 * 10**6
 ROOMY = 10**9
 """... and those from which a limit has room for them."""
 SOME_ROOM, MOST_KERNELS = 64 * 10**6, 128 * 10**6
-"""From the first of these limits on a third of it is for products of a few shapes, but no more than the second: ..."""
+"""From the first of these limits on a third of what is left is for products of a few shapes, but no more than the
+second: ..."""
 TRIAL, KERNEL = 15 * 10**6, 600_000
 """... so many bytes for a trial of its precision, and for each shape."""
 KEEPING = 64 * 10**6
@@ -52,6 +53,8 @@ KEEPING = 64 * 10**6
 SINGLE, AT_END = 16, 8
 """... below, blocks above the first share of it are mapped by themselves, and no more than the second one stays free at
 the heap's end."""
+HOLES = 12
+"""Share of a limit that is left to holes between blocks."""
 TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
 MAPPED = 2 * 2**20
@@ -230,7 +233,7 @@ class Budget:
         if limit is None:
             return cls()
         # A part is left to what is small, and to holes between blocks.
-        share = max(limit // 4, (limit - _overhead(limit)) * 3 // 4)
+        share = max(limit // 4, (limit - LIBRARIES - _for_kernels(limit, 0)) * 3 // 4)
         # A pass holds a handful of temporaries of `workspace` elements, and reading three copies of `reading` bytes.
         return cls(
             limit,
@@ -244,17 +247,18 @@ class Budget:
         """Whether there is room for oneDNN, which keeps compiled code and a scratchpad for every shape of a product."""
         return self.limit is None or self.limit >= ROOMY
 
-    @property
-    def kernels(self) -> int | None:
-        """Shapes of products that there is room for in oneDNN; None: as many as there are."""
+    def kernels(self, fixed: int) -> int | None:
+        """Shapes of products that there is room for in oneDNN, beside ``fixed`` bytes; None: as many as there are."""
         if self.limit is None or self.limit >= ROOMY:
             return None
-        return max(0, _for_kernels(self.limit) - TRIAL) // KERNEL
+        return max(0, _for_kernels(self.limit, fixed) - TRIAL) // KERNEL
 
     def chunk(self, fixed: int) -> int:
         """With a limit, bytes of all that a chunk of samples takes, beside ``fixed`` that nothing makes smaller."""
         assert self.limit is not None
-        return max(self.limit // 16, (self.limit - _overhead(self.limit) - fixed) // 3)
+        # Where blocks come to lie differs from run to run, and with it how much of what is free stays resident.
+        taken = self.limit // HOLES + LIBRARIES + _for_kernels(self.limit, fixed) + fixed
+        return max(self.limit // 16, (self.limit - taken) // 3)
 
     def on(self, device: torch.device) -> Budget:
         """The shares of a computation on a device: without a limit, on an accelerator, from what is free there."""
@@ -288,16 +292,12 @@ class Budget:
         return replace(self, cache=free // 2, workspace=max(self.workspace, min(DEVICE_WORKSPACE, free // 256)))
 
 
-def _overhead(limit: int) -> int:
-    """Bytes of a limit that libraries take."""
-    return LIBRARIES + _for_kernels(limit)
-
-
-def _for_kernels(limit: int) -> int:
-    """Bytes of a limit that oneDNN may take."""
+def _for_kernels(limit: int, fixed: int) -> int:
+    """Bytes of a limit that oneDNN may take, beside ``fixed`` ones."""
     if limit >= ROOMY:
         return KERNELS
-    return min(limit // 3, MOST_KERNELS) if limit >= SOME_ROOM else 0
+    room = min((limit - LIBRARIES - fixed) // 3, MOST_KERNELS)
+    return room if limit >= SOME_ROOM and room > TRIAL else 0
 
 
 def least_limit(fixed: int) -> int:

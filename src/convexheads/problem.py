@@ -574,7 +574,7 @@ class Problem:
         many units. ``shapes``: how many there may be that are new; 0 where only evaluations of the objective are worth
         what is kept of them.
         """
-        most, dtype = self.budget.kernels, factors.tensors()[0].dtype
+        most, dtype = self.budget.kernels(self.fixed_bytes), factors.tensors()[0].dtype
         if not most or not self.wide_products or dtype != torch.float32 or self.device.type != "cpu":
             return lambda count: nullcontext()
         if rows is None:

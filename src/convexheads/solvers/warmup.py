@@ -34,7 +34,7 @@ MOMENTUM, LAST, SQUARES = 0.95, 0.1, 0.95
 the mean square."""
 INTERCEPT_RATE = 0.01
 """Step size of the intercept's entries."""
-RUN = 4
+RUN = 8
 """Consecutive samples that are in a mini-batch together where they are read from files."""
 TRIMMED = 4
 """Freed memory goes back to the system when one part in so many of a memory limit has been read."""
