@@ -18,7 +18,7 @@ from convexheads.memory import Budget
 from convexheads.problem import Problem
 from convexheads.solvers import correction, factored, solver_function
 from convexheads.solvers.correction import ACCURACY, Block, Correction, corrected
-from convexheads.solvers.units import canonical, join_units
+from convexheads.solvers.units import canonical, join_units, no_units
 from convexheads.subspace import BlockSubspace, SingularPair, rough_beta_max
 from convexheads.types import Factors
 
@@ -373,6 +373,21 @@ def test_units_move_where_they_would_keep_the_gap_open() -> None:
             seen = state.close_look(moved)
         gaps[moving] = seen.bound.relative_gap
     assert gaps[True] < 0.6 * gaps[False]
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_without_pairs_and_units_there_is_nothing_to_correct(free: bool) -> None:
+    """A ridge branch far from its optimum beside an empty head keeps the gap open."""
+    problem = float32_problem(Case("self_attention", n=60, intercept=free), Case("linear", n=60, intercept=free))
+    problem = problem.with_beta(10.0 * rough_beta_max(problem))
+    state = factored.Factored(problem, 1e-6, 100, None, 0, None, False)
+    state.left = 1e-12
+    every = random_units(problem)
+    units = [no_units(own) if own.u is not None else own for own in every.units]
+    seen = state.close_look(Factors(units, every.intercept))
+    assert seen.slack > 0.0
+    assert not seen.pairs
+    assert state.correct(seen, 1e-6) is None
 
 
 def test_units_that_change_their_sign_are_not_moved_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -457,7 +457,8 @@ class Factored:
         for remaining in reversed(range(CORRECTIONS)):
             # What is left when nothing is above beta any more: by then it has grown by a share of what was above.
             turn = not turn and self.large <= 1.0 and seen.slack + PUSHED * seen.bound.gap > allowed
-            if not turn and not seen.pairs:
+            movable = any(units.u is not None and len(units.v) for units in seen.refitted.units)
+            if not seen.pairs and not (turn and movable):
                 break
             spare, most = CORRECTION_SPARED * allowed, SURPLUS * allowed
             factors = corrected(self.problem, seen.refitted, seen.outputs, seen.pairs, spare, self.large, turn, most)
