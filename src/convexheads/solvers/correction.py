@@ -317,8 +317,9 @@ class Correction:
             if not fall > ACCURACY**2 * first:
                 break
             image = self.apply(direction)
+            curvature = float(direction @ image)
             # The surplus, which is convex, is at most what lies between both ends.
-            t = min(1.0, fall / float(direction @ image))
+            t = fall / curvature if fall < curvature else 1.0
             y, gradient = y + t * direction, gradient + t * image
             surplus = self.surplus(y)
         return y
