@@ -57,8 +57,9 @@ ROWS_EACH, ROWS_EXACT = 8, 2**14
 """Sampled gradients for each number, that the preconditioner is made of; where these, or so many in all, are one for
 every output of every sample, it is the Hessian itself."""
 PROXIMAL_STEPS, SPLITTING_STEPS, SPLITTING_ACCURACY = 8, 200, 1e-3
-"""Proximal Newton steps at most, each of so many steps of the alternating direction method at most, or until one
-changes the numbers by no more than this share."""
+"""Proximal Newton steps at most, or until one lowers the objective by no more than ``ACCURACY`` of what the best one
+has; each of so many steps of the alternating direction method at most, or until one changes the numbers by no more than
+the last share."""
 DAMPING = 1e-3
 """Share of its diagonal that is added to it: pairs and units may be nearly the same."""
 
@@ -314,7 +315,7 @@ class Correction:
             direction = there - y
             fall = surplus - self.surplus(there) - float(gradient @ direction)
             first = max(first, fall)
-            if not fall > ACCURACY**2 * first:
+            if not fall > ACCURACY * first:
                 break
             image = self.apply(direction)
             curvature = float(direction @ image)

@@ -116,10 +116,10 @@ POLISH_WORK = 1e9
 """... if it takes this many multiplications, about: with ..."""
 POLISH_PAIRS, POLISH_COUPLED = 10, 5
 """... so many singular pairs outside of a block's units, and so many directions outside that are coupled with these."""
-LEFT, EXACT_LEFT, FEW_LEFT, MANY_SAMPLES = 0.105, 0.15, 0.3, 5000
+LEFT, FEW_LEFT, MANY_SAMPLES = 0.105, 0.3, 5000
 """Share of the gap that is left by corrections along the singular pairs above beta, before it is known; the second one
-where all singular values are found, of which many lie next to beta then; the third one where samples are fewer than
-the last number, too, and a correction takes as long as ten iterations; ..."""
+where all singular values are found, so that one correction does what it can do, and samples are fewer than the last
+number: there a correction takes as long as ten iterations; ..."""
 CORRECTIONS, STEP_LEFT = 5, 0.5
 """... and so many of them at most, which go on while each of those that remain needs leave no less than this."""
 PUSHED = 0.13
@@ -316,9 +316,7 @@ class Factored:
         self.slack = 1.0 if exact else SLACK
         # The share of the largest unit from which corrections move units, and that of the gap that they leave.
         self.large = LARGE
-        self.left = LEFT
-        if exact:
-            self.left = EXACT_LEFT if problem.n >= MANY_SAMPLES else FEW_LEFT
+        self.left = FEW_LEFT if exact and problem.n < MANY_SAMPLES else LEFT
 
     # Estimates between proofs -----------------------------------------------------------------------------
 
