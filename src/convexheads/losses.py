@@ -53,11 +53,10 @@ def _weighted_parts(L: Tensor, Y: Tensor, a: Tensor) -> Iterator[tuple[Tensor, T
     step = max(1, PART // max(1, L[:1].numel()))
     for own, y, w in zip(L.split(step), Y.split(step), a.split(step), strict=True):
         used = w > 0
-        if bool(used.all()):
-            if len(w):
-                yield own, y, w
-        elif bool(used.any()):
-            yield own[used], y[used], w[used]
+        if not bool(used.all()):
+            own, y, w = own[used], y[used], w[used]
+        if len(w):
+            yield own, y, w
 
 
 class Loss(ABC):

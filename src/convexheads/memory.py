@@ -54,7 +54,7 @@ SINGLE, AT_END = 16, 8
 """... below, blocks above the first share of it are mapped by themselves, and no more than the second one stays free at
 the heap's end."""
 HOLES = 12
-"""Share of a limit that is left to holes between blocks."""
+"""One part in so many of a limit is left to holes between blocks."""
 TRIM_CHUNKS = 64
 """Chunks after which freed memory goes back to the system, where it is limited."""
 MAPPED = 2 * 2**20

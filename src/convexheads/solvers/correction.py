@@ -163,7 +163,8 @@ class Correction:
         most = MOST_NUMBERS if limit is None else min(MOST_NUMBERS, math.isqrt(limit // 128))
         # Of every component the vectors on the left and on the right, and the blocks of S between them.
         self.vectors, self.blocks = _chosen(problem, O, pairs, factors, large, most)
-        self.sizes = [block.size for blocks in self.blocks for block in blocks]
+        self.every = [block for blocks in self.blocks for block in blocks]
+        self.sizes = [block.size for block in self.every]
         self.free = problem.outputs if problem.fit_intercept else 0
         self.rows_each = problem.targets.shape[1:-1].numel()
         width = sum(len(own.v) * c.form.value_width for own, c in zip(self.vectors, problem.components, strict=True))
@@ -255,8 +256,7 @@ class Correction:
         """The numbers of what U (A_g^* L) V^T ought to be, and zeros for the intercept."""
         found = [
             block.numbers(self.O.new_full((block.rows.stop - block.rows.start,), block.target).diag())
-            for blocks in self.blocks
-            for block in blocks
+            for block in self.every
         ]
         return torch.cat([*found, self.O.new_zeros(self.free)])
 
@@ -294,8 +294,7 @@ class Correction:
 
     def _parts(self, y: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Every block with its numbers."""
-        every = [block for blocks in self.blocks for block in blocks]
-        return zip(every, y[: sum(self.sizes)].split(self.sizes), strict=True)
+        return zip(self.every, y[: sum(self.sizes)].split(self.sizes), strict=True)
 
     def surplus(self, y: Tensor) -> float:
         """By how much more than the equations know the penalty grows."""
