@@ -55,8 +55,8 @@ SINGLE, AT_END = 16, 8
 the heap's end."""
 HOLES = 12
 """One part in so many of a limit is left to holes between blocks."""
-TRIM_CHUNKS = 64
-"""Chunks after which freed memory goes back to the system, where it is limited."""
+TRIM_CHUNKS, CROWDED = 64, 0.6
+"""Chunks after which freed memory goes back to the system, where it is limited, and more than this share resident."""
 MAPPED = 2 * 2**20
 """Bytes of consecutive rows of a file from which they are mapped: the system maps pages of up to this size."""
 ROOM_LEFT = 2**30
@@ -174,11 +174,12 @@ def suited_heap(large: bool = True) -> Iterator[None]:
     temporaries are ``large``. A small limit has no room for that, nor for what the library keeps by itself, which
     grows to twice the largest block that was ever freed: there both sizes are shares of the limit.
     """
-    limit = current().limit
+    budget = current()
+    limit, mapped = budget.limit, budget.lasting
     if limit is not None and limit < KEEPING:
-        mapped, kept = limit // SINGLE, limit // AT_END
+        kept = limit // AT_END
     else:
-        mapped, kept = MOST_MAPPED, MOST_KEPT if large else 0
+        kept = MOST_KEPT if large else 0
     setting = _library("mallopt") if kept else None
     if setting is None:
         yield
@@ -220,12 +221,14 @@ class Budget:
     cache : bytes of per-sample statistics, or of transformed tokens, that are kept in memory.
     workspace : elements of the largest temporary of a chunk of samples.
     reading : bytes of float64 tokens that are read at once.
+    before : bytes that were resident when the limit came into force; None where that is not known.
     """
 
     limit: int | None = None
     cache: int = CACHE_BYTES
     workspace: int = WORKSPACE
     reading: int = READ_BYTES
+    before: int | None = None
 
     @classmethod
     def of(cls, limit: int | None) -> Budget:
@@ -246,6 +249,11 @@ class Budget:
     def roomy(self) -> bool:
         """Whether there is room for oneDNN, which keeps compiled code and a scratchpad for every shape of a product."""
         return self.limit is None or self.limit >= ROOMY
+
+    @property
+    def lasting(self) -> int:
+        """Bytes of a block of memory from which it is mapped anew each time; see :func:`suited_heap`."""
+        return MOST_MAPPED if self.limit is None or self.limit >= KEEPING else self.limit // SINGLE
 
     def kernels(self, fixed: int) -> int | None:
         """Shapes of products that there is room for in oneDNN, beside ``fixed`` bytes; None: as many as there are."""
@@ -271,8 +279,19 @@ class Budget:
         """The parts of a pass over samples; with a limit pages are given back after every few of them."""
         for done, part in enumerate(parts, 1):
             yield part
-            if self.limit is not None and done % TRIM_CHUNKS == 0:
-                trim()
+            if done % TRIM_CHUNKS == 0:
+                self.trim()
+
+    def trim(self) -> None:
+        """Give freed pages back where there is a limit and resident memory comes near it.
+
+        The system clears pages anew when they are used again: that takes up to a tenth of a fit.
+        """
+        if self.limit is None:
+            return
+        now = None if self.before is None else resident_memory()
+        if now is None or self.before is None or now - self.before > CROWDED * self.limit:
+            trim()
 
     def gathered(self, parts: Iterable[slice], rows: Callable[[slice], Tensor]) -> Tensor:
         """What ``rows`` gives for the parts of a pass, at least one and consecutive from 0 on, in one tensor.
@@ -317,7 +336,7 @@ def current() -> Budget:
 def limited(limit: Any) -> Iterator[Budget]:
     """Put a limit in force, as :func:`parse_bytes` takes it; None leaves what is in force."""
     found = parse_bytes(limit)
-    budget = current() if found is None else Budget.of(found)
+    budget = current() if found is None else replace(Budget.of(found), before=resident_memory())
     token = _CURRENT.set(budget)
     try:
         yield budget
@@ -349,6 +368,23 @@ def roomy_folder(near: Path | None, needed: int) -> Path | None:
         if shutil.disk_usage(folder).free >= needed + ROOM_LEFT:
             return folder
     return None
+
+
+class Buffer:
+    """Memory that the reads of one pass share: what has been read is there until the next read.
+
+    A block of its own for every read would be new pages for most, which take longer than the read itself.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def rows(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Of any content."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
 
 
 class FileRows:
@@ -396,34 +432,42 @@ class FileRows:
             raise DataError(f"{self.folder}: a temporary file cannot be written ({error.strerror}); {fix}") from error
 
     def __getitem__(self, index: Any) -> Tensor:
+        return self.read(index)
+
+    def read(self, index: Any, buffer: Buffer | None = None) -> Tensor:
+        """Rows ``index``: in a ``buffer``, unless they are mapped or there is none."""
         self.release()
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
-                return self._run(start, max(start, stop))
+                return self._run(start, max(start, stop), buffer)
             index = np.arange(start, stop, step)
         rows = np.asarray(index.cpu() if isinstance(index, Tensor) else index, dtype=np.int64)
         # Runs of consecutive rows are read at once.
         firsts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1])
         if len(rows) and len(firsts) == 1:
-            return self._run(int(rows[0]), int(rows[-1]) + 1)
-        out = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
+            return self._run(int(rows[0]), int(rows[-1]) + 1, buffer)
+        out = self._empty(len(rows), buffer)
         if len(rows):
-            size, buffer = self._row_bytes, _bytes_of(out)
-            ends = [*(firsts[1:] * size).tolist(), len(buffer)]
+            size, into = self._row_bytes, _bytes_of(out)
+            ends = [*(firsts[1:] * size).tolist(), len(into)]
             # Nothing but the read itself: it takes less than one view of a tensor.
             for first, last, start in zip((firsts * size).tolist(), ends, (rows[firsts] * size).tolist(), strict=True):
-                self._fill(buffer[first:last], start)
+                self._fill(into[first:last], start)
         return out
 
-    def _run(self, start: int, stop: int) -> Tensor:
+    def _run(self, start: int, stop: int, buffer: Buffer | None) -> Tensor:
         """Consecutive rows: mapped if they are many."""
         size = (stop - start) * self._row_bytes
         if size >= MAPPED and sys.platform == "linux":
             return self._mapped(start * self._row_bytes, size).view(stop - start, *self.shape[1:])
-        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        out = self._empty(stop - start, buffer)
         self._fill(_bytes_of(out), start * self._row_bytes)
         return out
+
+    def _empty(self, count: int, buffer: Buffer | None) -> Tensor:
+        shape = count, *self.shape[1:]
+        return torch.empty(shape, dtype=self.dtype) if buffer is None else buffer.rows(shape, self.dtype)
 
     def _fill(self, buffer: memoryview, start: int) -> None:
         """Read bytes from ``start`` on."""

@@ -60,6 +60,11 @@ class Component:
     def q(self) -> int:
         return self.form.value_width * self.width
 
+    @property
+    def gradient_work(self) -> int:
+        """Multiplications a sample and unit that the objective's gradient takes, about."""
+        return 3 * self.form.unit_work + 6 * self.q
+
     def to(self, device: torch.device) -> Component:
         """This component with its gates on a device."""
         return self if self.gates is None else replace(self, gates=self.gates.to(device))

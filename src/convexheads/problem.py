@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 
 from convexheads import memory, products
-from convexheads.architectures import Pullback, Stats
+from convexheads.architectures import Stats
 from convexheads.distributed import ALONE, World
 from convexheads.errors import InputError, describe
+from convexheads.evaluation import ALIVE, Evaluation, Sums, pull_units
 from convexheads.losses import Loss, SharedLoss
 from convexheads.operator import Component, split_rows
 from convexheads.types import Factors, Units
@@ -45,9 +47,6 @@ last is sure where temporaries of so many would be blocks that are mapped anew e
 LOW_ROWS = 2.5
 """Elsewhere a chunk of numbers of fewer bytes has so many times as many."""
 MOST_ROWS = 8192
-ALIVE = 5
-"""Temporaries of a chunk of samples that are held at once, of the size of all units' features, where memory is limited.
-"""
 GAMMA_WORKSPACE = 2**21  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
@@ -73,6 +72,15 @@ class KeptRows(Protocol):
     def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
+Buffers = defaultdict[tuple[int, int], memory.Buffer]
+"""Of every statistic of every component what its rows are read into."""
+
+
+def pass_buffers() -> Buffers:
+    """Those of one pass, which allocates each once."""
+    return defaultdict(memory.Buffer)
+
+
 def _held_bytes(cache: Mapping[Any, Sequence[Sequence[Any]] | None]) -> int:
     """Bytes of the statistics of a cache that are in memory."""
     tensors = [t for whole in cache.values() for stats in whole or [] for t in stats if isinstance(t, Tensor)]
@@ -87,11 +95,13 @@ def write_rows(into: Any, index: slice, rows: Tensor) -> None:
         into[index] = rows
 
 
-def take_rows(source: Any, index: slice | Tensor) -> Tensor:
+def take_rows(source: Any, index: slice | Tensor, buffer: memory.Buffer | None = None) -> Tensor:
     """``source[index]``: a tensor itself where that is all of it, else by the kernel that copies whole rows.
 
-    For rows by number it is several times faster.
+    For rows by number it is several times faster. Rows of a file are read into the ``buffer``, if there is one.
     """
+    if isinstance(source, memory.FileRows):
+        return source.read(index, buffer)
     if isinstance(source, Tensor):
         if isinstance(index, Tensor):
             return source.index_select(0, index.to(source.device))
@@ -109,35 +119,6 @@ def positive(beta: float) -> float:
         fix = "A share of beta_max is zero where targets are constant or gates shut all tokens out: give beta itself."
         raise InputError("beta: " + describe(repr(float(beta)), "a positive number", fix))
     return float(beta)
-
-
-class Sums:
-    """Sums of what the chunks of a pass add to the same tensors, in the layout in which products leave it.
-
-    To turn every part over and write it to where it belongs takes up to a tenth of an evaluation.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.Size], tuple[Tensor, Tensor, bool]] = {}
-
-    def add(self, into: Tensor, part: Tensor) -> None:
-        """Add ``part``, of any precision, to ``into`` as soon as the pass is over."""
-        key = into.data_ptr(), into.shape
-        if key not in self._held:
-            # It may be a view of what others hold: only sums are written to.
-            self._held[key] = into, part, False
-            return
-        _, total, own = self._held[key]
-        if own:
-            total += part
-        else:
-            self._held[key] = into, total.to(into.dtype) + part, True
-
-    def close(self) -> None:
-        """The pass is over."""
-        for into, total, _ in self._held.values():
-            into += total
-        self._held.clear()
 
 
 class Problem:
@@ -277,8 +258,7 @@ class Problem:
 
     def gradient_work(self, factors: Factors) -> int:
         """Multiplications a sample that the objective's gradient takes, about."""
-        unit = [3 * c.form.unit_work + 6 * c.q for c in self.components]
-        return sum(len(units.v) * work for units, work in zip(factors.units, unit, strict=True))
+        return sum(len(units.v) * c.gradient_work for c, units in zip(self.components, factors.units, strict=True))
 
     def penalty_weight(self, component: Component) -> float:
         return self.beta * component.weight
@@ -407,12 +387,22 @@ class Problem:
         rows = max(int(LOW_ROWS * rows) if low else rows, least)
         return rows if self.budget.limit is None else min(rows, self._most_rows(n_units, fresh, dtype))
 
-    def stats_of(self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True) -> list[Stats]:
-        """Statistics of some samples for every component."""
+    def stats_of(
+        self, index: slice | Tensor, dtype: torch.dtype, cached: bool = True, buffers: Buffers | None = None
+    ) -> list[Stats]:
+        """Statistics of some samples for every component.
+
+        With the ``buffers`` of a pass those that are read from files are there until the next chunk is.
+        """
         whole = self._cached_stats(dtype) if cached else None
         if whole is None:
             return self._fresh_stats(index, dtype)
-        return [tuple(take_rows(t, index) for t in stats) for stats in whole]
+        if buffers is None:
+            return [tuple(take_rows(t, index) for t in stats) for stats in whole]
+        return [
+            tuple(take_rows(t, index, buffers[k, place]) for place, t in enumerate(stats))
+            for k, stats in enumerate(whole)
+        ]
 
     def in_files(self, dtype: torch.dtype) -> bool:
         """Whether statistics of the samples here are in temporary files."""
@@ -433,9 +423,16 @@ class Problem:
         place = ((index >= self.start) & (index < self.start + self.local)).nonzero()[:, 0]
         return index[place] - self.start, place
 
-    def chunks(self, dtype: torch.dtype, n_units: int = 32, cached: bool = True) -> Iterator[tuple[slice, list[Stats]]]:
-        for index in self.passing(self.pass_rows(dtype, n_units, cached)):
-            yield index, self.stats_of(index, dtype, cached)
+    def chunks(
+        self, dtype: torch.dtype, n_units: int = 32, cached: bool = True, rows: int | None = None
+    ) -> Iterator[tuple[slice, list[Stats]]]:
+        """Chunks of ``rows`` samples with their statistics; None: as many as suit a pass with ``n_units`` units.
+
+        The statistics of one chunk are gone when the next one comes.
+        """
+        buffers = pass_buffers()
+        for index in self.passing(self.pass_rows(dtype, n_units, cached) if rows is None else rows):
+            yield index, self.stats_of(index, dtype, cached, buffers)
         for stats in self._cache.get(dtype) or []:
             for t in stats:
                 if isinstance(t, memory.FileRows):
@@ -444,30 +441,28 @@ class Problem:
     def passing(self, step: int) -> Iterator[slice]:
         """The parts of a pass over the samples here, ``step`` at a time."""
         yield from self.budget.passing(split_rows(self.local, step))
-        if self.budget.limit is not None:
-            memory.trim()
+        self.budget.trim()
 
     # Forward ----------------------------------------------------------------------------------------------
 
     def combine(self, factors: Factors, features: list[Tensor], rows_shape: torch.Size) -> Tensor:
         """Outputs from the unit features of every component."""
-        first = features[0]
-        if len(self.components) == 1:
-            O = self.components[0].forward(first, factors.units[0].v)
+        parts = zip(self.components, features, factors.units, strict=True)
+        return self.assemble([c.forward(T, units.v) for c, T, units in parts], factors.intercept, rows_shape)
+
+    def assemble(self, parts: list[Tensor], intercept: Tensor | None, rows_shape: torch.Size) -> Tensor:
+        """Outputs from those of every component, (rows, width) each."""
+        if len(parts) == 1:
+            O = parts[0]
         else:
-            O = first.new_zeros(len(first), self.outputs)
-            for component, units, T in zip(self.components, factors.units, features, strict=True):
-                O[:, component.outputs] += component.forward(T, units.v)
+            O = parts[0].new_zeros(len(parts[0]), self.outputs)
+            for component, part in zip(self.components, parts, strict=True):
+                O[:, component.outputs] += part
         if self.low is not None:
             O = O.to(self.dtype)
-        if factors.intercept is not None:
-            O = O + factors.intercept
+        if intercept is not None:
+            O = O + intercept
         return O.view(*rows_shape, self.outputs)
-
-    def output_chunk(self, factors: Factors, stats: list[Stats], shape: torch.Size) -> Tensor:
-        """Outputs of some samples; ``shape`` is the shape of their targets."""
-        features = [c.features(s, u) for c, s, u in zip(self.components, stats, factors.units, strict=True)]
-        return self.combine(factors, features, shape[:-1])
 
     @torch.no_grad()
     def forward(self, factors: Factors, dtype: torch.dtype | None = None, cached: bool = True) -> Tensor:
@@ -475,10 +470,11 @@ class Problem:
         dtype = self.dtype if dtype is None else dtype
         factors = factors.to(dtype)
         O = torch.empty(self.targets.shape, dtype=dtype, device=self.device)
-        fast = self.repeated_products(factors, shapes=0)
-        for index, stats in self.chunks(dtype, max(1, factors.n_units), cached):
+        evaluation = Evaluation(self, factors)
+        fast = evaluation.products(learns=False)
+        for index, stats in self.chunks(dtype, cached=cached, rows=evaluation.rows(dtype, cached)):
             with fast(index.stop - index.start):
-                O[index] = self.output_chunk(factors, stats, O[index].shape)
+                O[index] = evaluation.outputs(stats, O[index].shape[:-1])
         return O
 
     # Objective --------------------------------------------------------------------------------------------
@@ -498,48 +494,6 @@ class Problem:
         O = self.forward(factors, dtype)
         return self.loss.value(O, *self.targets_of(slice(0, self.n), dtype)) + self.weight_decay(factors)
 
-    def chunk_gradient(
-        self,
-        factors: Factors,
-        stats: list[Stats],
-        targets: Tensor,
-        weights: Tensor,
-        gradient: Factors,
-        sums: Sums,
-        keep: Callable[[list[Tensor], Tensor, Tensor], None] | None = None,
-    ) -> float:
-        """Add the loss gradient of some samples to ``gradient``, that of units by way of ``sums``; returns their loss.
-
-        ``stats`` are in the precision of the products. ``keep`` is shown the unit features of every component, the
-        outputs and the gradient of the loss with respect to these.
-        """
-        every = factors.units if self.low is None else [units.to(self.low) for units in factors.units]
-        parts = [
-            component.features_and_pullback(each, units)
-            for component, each, units in zip(self.components, stats, every, strict=True)
-        ]
-        O = self.combine(Factors(every, factors.intercept), [T for T, _ in parts], targets.shape[:-1])
-        loss, L = self.own_loss.value_and_gradient(O, targets, weights)
-        if keep is not None:
-            keep([T for T, _ in parts], O, L)
-        L = L.reshape(-1, self.outputs)
-        if gradient.intercept is not None:
-            gradient.intercept += L.sum(0)
-        L = L if self.low is None else L.to(self.low)
-        for component, units, (T, pull), g in zip(self.components, every, parts, gradient.units, strict=True):
-            self._pull(component, units, T, pull, L, g, sums)
-        return loss
-
-    @staticmethod
-    def _pull(
-        component: Component, units: Units, T: Tensor, pull: Pullback | None, L: Tensor, into: Units, sums: Sums
-    ) -> None:
-        """Add the adjoint of one component at L, applied to both factors of its units."""
-        part = L[:, component.outputs]
-        sums.add(into.v, component.adjoint_v(T, part))
-        if pull is not None and into.u is not None:
-            sums.add(into.u, pull(component.adjoint_features(T, units.v, part)))
-
     def add_decay(self, factors: Factors, gradient: Factors) -> None:
         """Add the gradient of the weight decay."""
         for component, units, g in zip(self.components, factors.units, gradient.units, strict=True):
@@ -554,14 +508,14 @@ class Problem:
     @torch.no_grad()
     def flat_value_and_gradient(self, shapes: Factors, x: Tensor) -> tuple[float, Tensor]:
         """The same at the variables ``x``, one vector of the ``shapes`` of factors; the gradient is one as well."""
-        factors, flat = shapes.like(x), torch.zeros_like(x)
-        gradient, sums = shapes.like(flat), Sums()
-        total = 0.0
-        fast = self.repeated_products(factors)
-        for index, stats in self.chunks(self.low or x.dtype, max(1, factors.n_units)):
+        flat, total = torch.zeros_like(x), 0.0
+        evaluation = Evaluation(self, shapes.like(x), shapes.like(flat), self.low)
+        fast = evaluation.products()
+        kept = self.low or x.dtype
+        for index, stats in self.chunks(kept, rows=evaluation.rows(kept)):
             with fast(index.stop - index.start):
-                total += self.chunk_gradient(factors, stats, *self.targets_of(index, x.dtype), gradient, sums)
-        sums.close()
+                total += evaluation.add(stats, *self.targets_of(index, x.dtype))
+        evaluation.close()
         total, flat = self.summed(total, flat)
         return total + self.flat_decay(shapes, x, flat), flat
 
@@ -734,7 +688,8 @@ class Problem:
                     sums.add(into.v, component.adjoint_v(component.features(stat, each), rows[:, component.outputs]))
                     continue
                 if sides == "both":
-                    self._pull(component, each, *component.features_and_pullback(stat, each), rows, into, sums)
+                    part = component.features_and_pullback(stat, each)
+                    pull_units(component, each, *part, rows[:, component.outputs], into, sums)
                 elif into.u is not None:
                     sums.add(into.u, component.adjoint_u(stat, each, rows[:, component.outputs]))
         sums.close()
@@ -810,10 +765,10 @@ class Problem:
         """Statistics of one component for one of its gates, chunk by chunk, with the gate's index in them."""
         component = self.components[k]
         single = component.only_gate(gate)
-        cached = self._gate_cache(dtype)
+        cached, buffers = self._gate_cache(dtype), pass_buffers()
         for index in self.passing(step):
             if cached is not None:
-                yield index, tuple(t[index] for t in cached[k]), gate
+                yield index, tuple(take_rows(t, index, buffers[k, place]) for place, t in enumerate(cached[k])), gate
             else:
                 yield index, single.stats(self.tokens_of(component.branch, index), dtype), None if gate is None else 0
 

@@ -16,6 +16,7 @@ Shapes: n samples, s tokens, d features, c outputs, m units, P gates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import ClassVar
@@ -24,10 +25,14 @@ import torch
 from torch import Tensor
 
 from convexheads.errors import InputError, describe
+from convexheads.products import narrow_product
 
 Stats = tuple[Tensor, ...]
 Pullback = Callable[[Tensor], Tensor]
 """Cotangent of unit features -> cotangent of the mixing weights (m, *u_shape)."""
+
+NARROW = 32
+"""Columns below which a product takes about as long as one of so many."""
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
 
@@ -322,6 +327,27 @@ class Architecture:
         """What :meth:`distinct_adjoint` sums up -> (rows, k, c), the same for each of ``basis_features``."""
         return adjoint
 
+    @property
+    def block_work(self) -> float:
+        """Multiplications a sample that :meth:`block_outputs` and its adjoint take, about; infinite without them."""
+        return math.inf
+
+    @property
+    def block_workspace(self) -> int:
+        """Numbers that these hold at once for one sample."""
+        return self.outputs
+
+    def block_weights(self, Z: Tensor) -> Tensor:
+        """A block Z (p, k, c) as :meth:`block_outputs` takes it."""
+        raise NotImplementedError
+
+    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+        """A(Z) = sum_e T(e) Z[e] over the unit vectors e of u's space: (n, c); pooled forms without gates only.
+
+        Its adjoint is :meth:`distinct_adjoint`. Override both, and ``block_work``, where they are a few products.
+        """
+        raise NotImplementedError
+
     def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
         """Gamma_g[e] = sum_i T_i(e)^T L_i of all gates at once, L (n, c) -> (P, p, k c); only where ``joint``."""
         raise NotImplementedError
@@ -339,7 +365,7 @@ class Architecture:
 
 
 class VectorForm(Architecture):
-    """Pooled form whose statistics are one vector x a sample: T(u) = <x, u>."""
+    """Pooled form whose statistics are one vector x a sample: T(u) = <x, u>, and A(Z) = x^T Z."""
 
     @property
     def value_width(self) -> int:
@@ -350,6 +376,19 @@ class VectorForm(Architecture):
 
     def pullback(self, stats: Stats, u: Tensor, gate: Tensor | None) -> Pullback:
         return lambda cotangent: cotangent[..., 0].mT @ stats[0]
+
+    def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
+        return stats[0][:, rows, None]
+
+    @property
+    def block_work(self) -> float:
+        return 2 * prod(self.u_shape) * max(self.outputs, NARROW)
+
+    def block_weights(self, Z: Tensor) -> Tensor:
+        return Z[:, 0]
+
+    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+        return narrow_product(stats[0], weights)
 
 
 class GatedVectorForm(Architecture):

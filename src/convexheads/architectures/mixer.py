@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads.architectures.base import Architecture, Pullback, Stats, gated_forms, gated_forms_adjoint, register
+from convexheads.architectures.base import (
+    NARROW,
+    Architecture,
+    Pullback,
+    Stats,
+    gated_forms,
+    gated_forms_adjoint,
+    register,
+)
+from convexheads.products import narrow_product
 
 
 class PooledLinearMixer(Architecture):
@@ -46,6 +55,25 @@ class PooledLinearMixer(Architecture):
 
     def basis_features(self, stats: Stats, rows: slice, gate: int | None) -> Tensor:
         return stats[0][:, :, rows].mT * self.tokens**-0.5
+
+    def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
+        # Of the tokens as they are: scaled, they would be one more copy.
+        X = stats[0][:, :, rows]
+        L = (L * self.tokens**-0.5).mT.contiguous()
+        if total is None:
+            return (L @ X.flatten(1)).view(-1, *X.shape[1:]).permute(2, 1, 0)
+        total.permute(2, 1, 0).view(len(L), -1).addmm_(L, X.flatten(1))
+        return total
+
+    @property
+    def block_work(self) -> float:
+        return 2 * self.tokens * self.features * max(self.outputs, NARROW)
+
+    def block_weights(self, Z: Tensor) -> Tensor:
+        return Z.transpose(0, 1).flatten(0, 1) * self.tokens**-0.5
+
+    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+        return narrow_product(stats[0].flatten(1), weights)
 
     def lift(self, u: Tensor) -> Tensor:
         # W1 with all rows equal to u / sqrt(s): same norm, and the mean over rows is s^{-1/2} u X.

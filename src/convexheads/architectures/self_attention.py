@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures.base import (
+    NARROW,
     Architecture,
     Pullback,
     Stats,
@@ -129,6 +130,29 @@ class PooledLinearSelfAttention(_Pooled):
 
     def spread(self, adjoint: Tensor) -> Tensor:
         return super().spread(adjoint.transpose(0, 1))
+
+    @property
+    def block_work(self) -> float:
+        d = self.features
+        return d * (d + 1) * max(d * self.outputs, NARROW)
+
+    @property
+    def block_workspace(self) -> int:
+        d = self.features
+        return d * (d + 1) // 2 + 3 * d * self.outputs
+
+    def block_weights(self, Z: Tensor) -> Tensor:
+        # xbar^T Z G, with what G has twice in one place: (d (d + 1) / 2, d c).
+        d = self.features
+        own = Z.view(d, d, d, -1)
+        k, l = torch.triu_indices(d, d, device=Z.device)
+        both = own[:, k, l] + own[:, l, k]
+        both[:, k == l] *= 0.5
+        return both.transpose(0, 1).flatten(1)
+
+    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+        mean, gram = stats
+        return (mean[:, None] @ (self._half(gram) @ weights).view(len(mean), self.features, -1))[:, 0]
 
 
 class PooledGatedSelfAttention(_Pooled):

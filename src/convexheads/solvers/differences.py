@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from convexheads.architectures import by_feature
+from convexheads.evaluation import Evaluation, Sums
 from convexheads.memory import FileRows
 from convexheads.operator import split_rows
-from convexheads.problem import Problem, Sums, take_rows, write_rows
+from convexheads.problem import Problem, take_rows, write_rows
 from convexheads.solvers.units import Placement
 from convexheads.types import Factors, Units
 
@@ -156,8 +157,8 @@ class Differences:
 
     def _refer(self, x: Tensor) -> tuple[float, Tensor]:
         """Loss and its gradient of the samples here at ``x``, which becomes the reference."""
-        problem, factors, flat = self.problem, self.shapes.like(x), torch.zeros_like(x)
-        gradient, sums, total = self.shapes.like(flat), Sums(), 0.0
+        problem, factors, flat, total = self.problem, self.shapes.like(x), torch.zeros_like(x), 0.0
+        evaluation = Evaluation(problem, factors, self.shapes.like(flat), by_units=True)
         kept: list[Kept] = []
         folder = kept_folder(problem, features_size(problem, self.shapes.units, self.low))
         self.outputs = torch.empty(problem.targets.shape, dtype=x.dtype, device=x.device)
@@ -171,8 +172,8 @@ class Differences:
                     each.write(index, T)
                 self.outputs[index], self.residuals[index] = O, L
 
-            total += problem.chunk_gradient(factors, stats, *problem.targets_of(index, x.dtype), gradient, sums, keep)
-        sums.close()
+            total += evaluation.add(stats, *problem.targets_of(index, x.dtype), keep)
+        evaluation.close()
         self.features = kept
         return total, flat
 

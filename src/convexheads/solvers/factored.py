@@ -27,6 +27,7 @@ from convexheads.certificate import (
     penalty,
     rescaled_bound,
 )
+from convexheads.evaluation import by_block
 from convexheads.memory import suited_heap
 from convexheads.problem import Problem
 from convexheads.products import fast_products
@@ -69,6 +70,8 @@ SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
 """... with so many singular pairs of a block outside its units, from so many rounds of subspace iteration."""
+LOW_GAIN = 0.75
+"""Multiplications by whole blocks that take as long as one by units in low precision."""
 DIFFERENCE_NOISE = 3e-6
 """Error of an objective by products of differences, as a share of it: a rise by less is accepted where the slope along
 the step falls."""
@@ -573,7 +576,7 @@ class Factored:
         evaluate: Evaluate
         noise = 2e-7 if dtype == torch.float32 else 1e-14
         known, self.differences = self.differences, None
-        if self.low is not None and dtype == torch.float32 and self.fitting(factors):
+        if self.low is not None and dtype == torch.float32 and not self.whole(factors) and self.fitting(factors):
             if known is None or placement is None:
                 self.differences = Differences(self.problem, factors, self.low)
             else:
@@ -756,6 +759,11 @@ class Factored:
         """Take products in low precision no more."""
         self.free_low()
         self.low = None
+
+    def whole(self, factors: Factors) -> bool:
+        """Whether every component's block is evaluated as a whole, rather than units in low precision."""
+        parts = zip(self.problem.components, factors.units, strict=True)
+        return all(by_block(component, units, LOW_GAIN) for component, units in parts)
 
     def fitting(self, factors: Factors) -> bool:
         """Whether every worker has room for differences from these factors."""

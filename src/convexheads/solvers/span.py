@@ -23,8 +23,9 @@ import math
 import torch
 from torch import Tensor
 
+from convexheads.evaluation import Sums
 from convexheads.operator import split_rows
-from convexheads.problem import Problem, Sums, take_rows
+from convexheads.problem import Problem, take_rows
 from convexheads.products import column_squares, rough_products
 from convexheads.solvers.cores import (
     DAMPING,

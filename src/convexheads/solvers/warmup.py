@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from convexheads import memory
-from convexheads.problem import Problem, Sums
+from convexheads.evaluation import Evaluation
+from convexheads.problem import Problem, pass_buffers
 from convexheads.products import low_precision
 from convexheads.solvers.units import no_units, principal_units, turned, turned_rows
 from convexheads.types import Factors
@@ -65,24 +65,27 @@ def minibatches(
     dtype, variables = x.dtype, shapes.like(x)
     order = shuffled(problem, problem.low or dtype, generator).to(problem.device)
     # Temporaries that stay in the cache are several times faster than those of a whole batch.
-    most = problem.pass_rows(problem.low or dtype, max(1, variables.n_units))
-    fast, read = problem.repeated_products(variables, most), 0
+    most = Evaluation(problem, variables, low=problem.low).rows(problem.low or dtype)
+    read, buffers = 0, pass_buffers()
     # Even ones: the gradient of the few samples that are left over would be all noise.
     for index in order.tensor_split(batches(problem.n, size)):
         flat = torch.zeros_like(x)
-        gradient, sums = shapes.like(flat), Sums()
-        for part in problem.own_samples(index)[0].split(most):
-            stats = problem.stats_of(part, problem.low or dtype)
+        # Where blocks are taken as a whole they are those of the variables as they are now.
+        evaluation = Evaluation(problem, variables, shapes.like(flat), problem.low)
+        fast, own = evaluation.products(most), problem.own_samples(index)[0]
+        # Temporaries that stay in the cache are several times faster than those of a whole batch.
+        for part in own.tensor_split(max(1, math.ceil(len(own) / most))) if evaluation.whole else own.split(most):
+            stats = problem.stats_of(part, problem.low or dtype, buffers=buffers)
             targets, weights = problem.targets_of(part, dtype)
             weights = weights * (problem.n / len(index))
             with fast(len(part)):
-                problem.chunk_gradient(variables, stats, targets, weights, gradient, sums)
-        sums.close()
+                evaluation.add(stats, targets, weights)
+        evaluation.close()
         if problem.budget.limit is not None:
             read += len(index) * problem.stats_bytes
             if TRIMMED * read >= problem.budget.limit:
                 # What was read leaves holes that hold no more than a part of what is read next.
-                memory.trim()
+                problem.budget.trim()
                 read = 0
         flat = problem.summed(0.0, flat)[1]
         problem.add_decay(variables, shapes.like(flat))
