@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ BLOCK_NUMBERS = 2**21
 """Numbers of statistics in a chunk for whole blocks, at most: they are read twice, the second time from the cache."""
 BLOCK_SHAPES = 3
 """Shapes of the products that a component takes by its whole block."""
-
-Part = tuple[Tensor, Pullback | None]
-"""Unit features of a component on a chunk, and the map from a cotangent of them to that of u."""
 
 
 class Sums:
@@ -74,6 +71,65 @@ def by_block(component: Component, units: Units, gain: float = BLOCK_GAIN) -> bo
     return component.form.block_work <= gain * len(units.v) * component.gradient_work
 
 
+class _ByUnits:
+    """A component by its units; its part of a chunk is their features and the map from a cotangent of them to u's."""
+
+    def __init__(self, component: Component, units: Units, into: Units | None, sums: Sums) -> None:
+        self.component, self.units, self.into, self.sums = component, units, into, sums
+
+    def part(self, stats: Stats) -> tuple[Tensor, Pullback | None]:
+        if self.into is None or self.into.u is None:
+            return self.component.features(stats, self.units), None
+        return self.component.features_and_pullback(stats, self.units)
+
+    def outputs(self, part: tuple[Tensor, Pullback | None]) -> Tensor:
+        return self.component.forward(part[0], self.units.v)
+
+    def pull(self, part: tuple[Tensor, Pullback | None], L: Tensor) -> None:
+        assert self.into is not None
+        pull_units(self.component, self.units, *part, L, self.into, self.sums)
+
+    def close(self) -> None:
+        """Sums are closed together."""
+
+
+class _ByBlock:
+    """A component by its block as a whole; its part of a chunk is what that takes of the statistics."""
+
+    def __init__(self, component: Component, units: Units, into: Units | None, low: torch.dtype | None) -> None:
+        assert units.u is not None
+        self.component, self.units, self.into, self.low = component, units, into, low
+        self.form = component.form
+        Z = units.u.flatten(1).mT @ units.v.flatten(1)
+        weights = self.form.block_weights(Z.view(component.p, self.form.value_width, component.width))
+        self.weights = weights if low is None else weights.to(low)
+        self.total: Tensor | None = None
+
+    def part(self, stats: Stats) -> Stats:
+        return self.form.block_stats(stats)
+
+    def outputs(self, part: Stats) -> Tensor:
+        return self.form.block_outputs(part, self.weights)
+
+    def pull(self, part: Stats, L: Tensor) -> None:
+        if self.low is None:
+            self.total = self.form.block_adjoint(part, L, self.total)
+        else:
+            # Sums of many chunks take more digits than products.
+            found = self.form.block_adjoint(part, L, None).to(self.units.v.dtype)
+            self.total = found if self.total is None else self.total.add_(found)
+
+    def close(self) -> None:
+        into, u = self.into, self.units.u
+        if self.total is None or into is None or u is None:
+            return
+        gamma = self.form.spread(self.total).reshape(self.component.p, self.component.q)
+        into.v.flatten(1).addmm_(u.flatten(1), gamma)
+        if into.u is not None:
+            into.u.flatten(1).addmm_(self.units.v.flatten(1), gamma.mT)
+        self.total = None
+
+
 class Evaluation:
     """A pass over chunks of samples at some factors.
 
@@ -95,46 +151,33 @@ class Evaluation:
         by_units: bool = False,
     ) -> None:
         self.problem, self.factors, self.into, self.low = problem, factors, into, low
-        self.units = factors.units if low is None else [units.to(low) for units in factors.units]
-        self.weights: list[Tensor | None] = [
-            None if by_units or not by_block(component, units) else self._block_weights(component, units)
-            for component, units in zip(problem.components, factors.units, strict=True)
-        ]
-        self.totals: list[Tensor | None] = [None] * len(self.weights)
         self.sums = Sums()
-
-    def _block_weights(self, component: Component, units: Units) -> Tensor:
-        assert units.u is not None
-        Z = units.u.flatten(1).mT @ units.v.flatten(1)
-        weights = component.form.block_weights(Z.view(component.p, component.form.value_width, component.width))
-        return weights if self.low is None else weights.to(self.low)
+        wanted: list[Units | None] = [None] * len(factors.units) if into is None else list(into.units)
+        self.ways: list[_ByUnits | _ByBlock] = []
+        for component, units, own in zip(problem.components, factors.units, wanted, strict=True):
+            if by_units or not by_block(component, units):
+                self.ways.append(_ByUnits(component, units if low is None else units.to(low), own, self.sums))
+            else:
+                self.ways.append(_ByBlock(component, units, own, low))
 
     @property
     def whole(self) -> bool:
         """Whether every component takes its block as a whole."""
-        return all(weights is not None for weights in self.weights)
-
-    @property
-    def n_units(self) -> int:
-        """Units whose features take as much room for a sample as all temporaries of the pass."""
-        # What blocks hold is counted in full, features once of several times that they are held.
-        largest = max(component.form.workspace for component in self.problem.components)
-        units, numbers = 0, 0.0
-        for component, own, weights in zip(self.problem.components, self.units, self.weights, strict=True):
-            if weights is None:
-                units += len(own.v)
-            else:
-                numbers += component.form.block_workspace
-        return max(1, units + math.ceil(numbers / (ALIVE * largest)))
+        return all(isinstance(way, _ByBlock) for way in self.ways)
 
     def rows(self, dtype: torch.dtype, cached: bool = True) -> int:
         """Samples a chunk, whose statistics in ``dtype`` are read or computed."""
-        rows = self.problem.pass_rows(dtype, self.n_units, cached)
-        if all(weights is None for weights in self.weights):
+        problem = self.problem
+        blocks = [way.form.block_workspace for way in self.ways if isinstance(way, _ByBlock)]
+        units = sum(len(way.units.v) for way in self.ways if isinstance(way, _ByUnits))
+        # What blocks hold is counted in full, features once of several times that they are held.
+        largest = max(component.form.workspace for component in problem.components)
+        rows = problem.pass_rows(dtype, max(1, units + math.ceil(sum(blocks) / (ALIVE * largest))), cached)
+        if not blocks:
             return rows
         # Blocks of memory that the system maps anew each time would take longer than the products.
-        most = min(4 * BLOCK_NUMBERS, self.problem.budget.lasting - 1)
-        return max(1, min(rows, most // self.problem.stats_bytes))
+        most = min(4 * BLOCK_NUMBERS, problem.budget.lasting - 1)
+        return max(1, min(rows, most // problem.stats_bytes))
 
     def products(self, rows: int | None = None, learns: bool = True) -> Callable[[int], AbstractContextManager[None]]:
         """What products of chunks, given their numbers of samples, are taken in where memory is limited.
@@ -154,23 +197,23 @@ class Evaluation:
         shapes_each = BLOCK_SHAPES * len(forms)
         return lambda count: products.repeated_products(("blocks", count, forms), shapes_each, most)
 
-    def outputs(self, stats: Sequence[Stats], rows_shape: torch.Size) -> Tensor:
-        """Outputs of a chunk of samples: (*rows_shape, c)."""
-        return self._forward(stats, rows_shape, [None] * len(self.weights))
+    def parts(self, stats: Sequence[Stats]) -> list[Any]:
+        """What every component takes of a chunk of samples."""
+        return [way.part(each) for way, each in zip(self.ways, stats, strict=True)]
 
-    def _forward(self, stats: Sequence[Stats], rows_shape: torch.Size, parts: Sequence[Part | None]) -> Tensor:
-        """The same; ``parts`` are those of components by their units, where they are at hand."""
-        problem = self.problem
-        found: list[Tensor] = []
-        for component, each, units, weights, part in zip(
-            problem.components, stats, self.units, self.weights, parts, strict=True
-        ):
-            if weights is not None:
-                found.append(component.form.block_outputs(each, weights))
-            else:
-                T = component.features(each, units) if part is None else part[0]
-                found.append(component.forward(T, units.v))
-        return problem.assemble(found, self.factors.intercept, rows_shape)
+    def outputs(self, parts: Sequence[Any], rows_shape: torch.Size) -> Tensor:
+        """Outputs of a chunk of samples: (*rows_shape, c)."""
+        found = [way.outputs(part) for way, part in zip(self.ways, parts, strict=True)]
+        return self.problem.assemble(found, self.factors.intercept, rows_shape)
+
+    def pull(self, parts: Sequence[Any], L: Tensor) -> None:
+        """Take the adjoint at rows L (rows, c) of a chunk."""
+        assert self.into is not None
+        if self.into.intercept is not None:
+            self.into.intercept += L.sum(0)
+        L = L if self.low is None else L.to(self.low)
+        for component, way, part in zip(self.problem.components, self.ways, parts, strict=True):
+            way.pull(part, L[:, component.outputs])
 
     def add(
         self,
@@ -185,63 +228,18 @@ class Evaluation:
         gradient of the loss with respect to these.
         """
         parts = self.parts(stats)
-        O = self._forward(stats, targets.shape[:-1], parts)
+        O = self.outputs(parts, targets.shape[:-1])
         loss, L = self.problem.own_loss.value_and_gradient(O, targets, weights)
         if keep is not None:
-            keep([part[0] for part in parts if part is not None], O, L)
-        self.pull(stats, parts, L.reshape(-1, self.problem.outputs))
+            keep([T for T, _ in parts], O, L)
+        self.pull(parts, L.reshape(-1, self.problem.outputs))
         return loss
-
-    def parts(self, stats: Sequence[Stats]) -> list[Part | None]:
-        """What a chunk's gradient takes of the components by their units; None for the others."""
-        assert self.into is not None
-        found: list[Part | None] = []
-        for component, each, units, weights, into in zip(
-            self.problem.components, stats, self.units, self.weights, self.into.units, strict=True
-        ):
-            if weights is not None:
-                found.append(None)
-            elif into.u is None:
-                found.append((component.features(each, units), None))
-            else:
-                found.append(component.features_and_pullback(each, units))
-        return found
-
-    def pull(self, stats: Sequence[Stats], parts: Sequence[Part | None], L: Tensor) -> None:
-        """Take the adjoint at rows L (rows, c) of a chunk."""
-        assert self.into is not None
-        if self.into.intercept is not None:
-            self.into.intercept += L.sum(0)
-        L = L if self.low is None else L.to(self.low)
-        for k, (component, each, units, part, into) in enumerate(
-            zip(self.problem.components, stats, self.units, parts, self.into.units, strict=True)
-        ):
-            own = L[:, component.outputs]
-            if part is not None:
-                pull_units(component, units, *part, own, into, self.sums)
-                continue
-            form, every, total = component.form, slice(0, component.p), self.totals[k]
-            if self.low is None:
-                self.totals[k] = form.distinct_adjoint(each, own, None, every, total)
-            else:
-                # Sums of many chunks take more digits than products.
-                found = form.distinct_adjoint(each, own, None, every, None).to(self.factors.tensors()[0].dtype)
-                self.totals[k] = found if total is None else total.add_(found)
 
     def close(self) -> None:
         """The pass is over: gradients are added to where they are asked for."""
-        assert self.into is not None
         self.sums.close()
-        for component, units, into, total in zip(
-            self.problem.components, self.factors.units, self.into.units, self.totals, strict=True
-        ):
-            if total is None or units.u is None:
-                continue
-            gamma = component.form.spread(total).reshape(component.p, component.q)
-            into.v.flatten(1).addmm_(units.u.flatten(1), gamma)
-            if into.u is not None:
-                into.u.flatten(1).addmm_(units.v.flatten(1), gamma.mT)
-        self.totals = [None] * len(self.totals)
+        for way in self.ways:
+            way.close()
 
 
 def pull_units(

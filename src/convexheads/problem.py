@@ -474,7 +474,7 @@ class Problem:
         fast = evaluation.products(learns=False)
         for index, stats in self.chunks(dtype, cached=cached, rows=evaluation.rows(dtype, cached)):
             with fast(index.stop - index.start):
-                O[index] = evaluation.outputs(stats, O[index].shape[:-1])
+                O[index] = evaluation.outputs(evaluation.parts(stats), O[index].shape[:-1])
         return O
 
     # Objective --------------------------------------------------------------------------------------------

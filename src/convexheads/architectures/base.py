@@ -341,12 +341,20 @@ class Architecture:
         """A block Z (p, k, c) as :meth:`block_outputs` takes it."""
         raise NotImplementedError
 
+    def block_stats(self, stats: Stats) -> Stats:
+        """What :meth:`block_outputs` and :meth:`block_adjoint` take of a chunk's statistics."""
+        return stats
+
     def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
         """A(Z) = sum_e T(e) Z[e] over the unit vectors e of u's space: (n, c); pooled forms without gates only.
 
-        Its adjoint is :meth:`distinct_adjoint`. Override both, and ``block_work``, where they are a few products.
+        Override it, and ``block_work``, where it and its adjoint are a few products.
         """
         raise NotImplementedError
+
+    def block_adjoint(self, stats: Stats, L: Tensor, total: Tensor | None) -> Tensor:
+        """:meth:`distinct_adjoint` for all rows of u's space, from :meth:`block_stats`."""
+        return self.distinct_adjoint(stats, L, None, slice(0, prod(self.u_shape)), total)
 
     def joint_adjoint(self, stats: Stats, L: Tensor) -> Tensor:
         """Gamma_g[e] = sum_i T_i(e)^T L_i of all gates at once, L (n, c) -> (P, p, k c); only where ``joint``."""

@@ -119,10 +119,13 @@ class PooledLinearSelfAttention(_Pooled):
         return self.features * (self.distinct_width + self.outputs)
 
     def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
-        # One wide product G^T (xbar (x) L) instead of a narrow one with all of xbar (x) G: (k, r, c).
         mean, gram = stats
-        own = (mean[:, _whole_rows(rows, self.features), None] * L[:, None]).flatten(1)
-        half = self._half(gram)
+        return self.block_adjoint((mean[:, _whole_rows(rows, self.features)], self._half(gram)), L, total)
+
+    def block_adjoint(self, stats: Stats, L: Tensor, total: Tensor | None) -> Tensor:
+        # One wide product G^T (xbar (x) L) instead of a narrow one with all of xbar (x) G: (k, r, c).
+        mean, half = stats
+        own = (mean[:, :, None] * L[:, None]).flatten(1)
         if total is None:
             return (half.mT @ own).view(half.shape[1], -1, L.shape[1])
         total.view(half.shape[1], -1).addmm_(half.mT, own)
@@ -150,9 +153,13 @@ class PooledLinearSelfAttention(_Pooled):
         both[:, k == l] *= 0.5
         return both.transpose(0, 1).flatten(1)
 
-    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+    def block_stats(self, stats: Stats) -> Stats:
         mean, gram = stats
-        return (mean[:, None] @ (self._half(gram) @ weights).view(len(mean), self.features, -1))[:, 0]
+        return mean, self._half(gram)
+
+    def block_outputs(self, stats: Stats, weights: Tensor) -> Tensor:
+        mean, half = stats
+        return (mean[:, None] @ (half @ weights).view(len(mean), self.features, -1))[:, 0]
 
 
 class PooledGatedSelfAttention(_Pooled):
