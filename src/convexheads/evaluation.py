@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 ALIVE = 5
 """Temporaries of a chunk of samples that are held at once, of the size of all units' features."""
-BLOCK_GAIN = 1.5
-"""Multiplications by whole blocks, one large product a chunk, that take as long as one by units."""
+BLOCK_GAIN, LOW_GAIN = 1.5, 0.4
+"""Multiplications by whole blocks, one large product a chunk, that take as long as one by units; the second one where
+factors of the units' products may be rounded."""
 BLOCK_NUMBERS = 2**21
 """Numbers of statistics in a chunk for whole blocks, at most: they are read twice, the second time from the cache."""
 BLOCK_SHAPES = 3
@@ -155,7 +156,7 @@ class Evaluation:
         wanted: list[Units | None] = [None] * len(factors.units) if into is None else list(into.units)
         self.ways: list[_ByUnits | _ByBlock] = []
         for component, units, own in zip(problem.components, factors.units, wanted, strict=True):
-            if by_units or not by_block(component, units):
+            if by_units or not by_block(component, units, BLOCK_GAIN if low is None else LOW_GAIN):
                 self.ways.append(_ByUnits(component, units if low is None else units.to(low), own, self.sums))
             else:
                 self.ways.append(_ByBlock(component, units, own, low))
@@ -175,8 +176,7 @@ class Evaluation:
         rows = problem.pass_rows(dtype, max(1, units + math.ceil(sum(blocks) / (ALIVE * largest))), cached)
         if not blocks:
             return rows
-        # Blocks of memory that the system maps anew each time would take longer than the products.
-        most = min(4 * BLOCK_NUMBERS, problem.budget.lasting - 1)
+        most = min(4 * BLOCK_NUMBERS, 2 * problem.budget.lasting)
         return max(1, min(rows, most // problem.stats_bytes))
 
     def products(self, rows: int | None = None, learns: bool = True) -> Callable[[int], AbstractContextManager[None]]:

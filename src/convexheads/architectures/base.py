@@ -31,7 +31,7 @@ Stats = tuple[Tensor, ...]
 Pullback = Callable[[Tensor], Tensor]
 """Cotangent of unit features -> cotangent of the mixing weights (m, *u_shape)."""
 
-NARROW = 32
+NARROW = 16
 """Columns below which a product takes about as long as one of so many."""
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}

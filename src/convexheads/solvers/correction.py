@@ -31,13 +31,16 @@ method of multipliers (Boyd et al. 2011).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from convexheads.architectures import Stats
 from convexheads.architectures.base import gate_groups
+from convexheads.evaluation import Evaluation, by_block
+from convexheads.operator import split_rows
 from convexheads.problem import Problem
 from convexheads.products import add_moment, from_lower
 from convexheads.solvers.span import positive_factor
@@ -167,24 +170,33 @@ class Correction:
         self.sizes = [block.size for block in self.every]
         self.free = problem.outputs if problem.fit_intercept else 0
         self.rows_each = problem.targets.shape[1:-1].numel()
+        parts = zip(problem.components, self.vectors, strict=True)
+        # Then features are of use for the sampled Hessian only.
+        self.whole = all(by_block(component, own) for component, own in parts)
         width = sum(len(own.v) * c.form.value_width for own, c in zip(self.vectors, problem.components, strict=True))
         size = width * problem.targets[..., 0].numel() * O.dtype.itemsize
         self.kept: list[tuple[slice, list[Tensor]]] | None = None
-        if problem.world.every(problem.budget.roomy and problem.has_room(size)):
-            self.kept = list(self._features())
+        if not self.whole and problem.world.every(problem.budget.roomy and problem.has_room(size)):
+            self.kept = list(self.features)
         self._prepare()
 
-    def _features(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        """The features of all left vectors, chunk by chunk."""
-        for index, stats in self.problem.chunks(self.O.dtype, max(1, sum(len(own.v) for own in self.vectors))):
-            yield (
-                index,
-                [c.features(s, own) for c, s, own in zip(self.problem.components, stats, self.vectors, strict=True)],
-            )
+    def _features(self, stats: list[Stats]) -> list[Tensor]:
+        """The features of all left vectors on a chunk of samples."""
+        return [c.features(s, own) for c, s, own in zip(self.problem.components, stats, self.vectors, strict=True)]
+
+    @property
+    def _rows(self) -> int:
+        """Samples a chunk of features."""
+        return self.problem.pass_rows(self.O.dtype, max(1, sum(len(own.v) for own in self.vectors)))
 
     @property
     def features(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        return self._features() if self.kept is None else iter(self.kept)
+        """Chunk by chunk, kept or made anew."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        for index, stats in self.problem.chunks(self.O.dtype, rows=self._rows):
+            yield index, self._features(stats)
 
     def step(self, y: Tensor) -> Factors:
         """Units whose outputs are those of the step, the left vectors with S V beside them, and its intercept."""
@@ -200,28 +212,52 @@ class Correction:
 
     def _inner(self, features: list[Tensor], rows: Tensor) -> Tensor:
         """For rows R of outputs the numbers of U (A_g^* R) V^T of all blocks, and the intercept's sum: one vector."""
+        left = [
+            c.adjoint_v(T, rows[:, c.outputs]) if blocks else own.v
+            for c, T, own, blocks in zip(self.problem.components, features, self.vectors, self.blocks, strict=True)
+        ]
+        return self._numbers(left, rows.sum(0))
+
+    def _numbers(self, left: list[Tensor], sums: Tensor) -> Tensor:
+        """The same from U (A_g^* R) of every component, (vectors, k, c), and the sums of the rows."""
         found = []
-        for component, T, own, blocks in zip(self.problem.components, features, self.vectors, self.blocks, strict=True):
-            left = component.adjoint_v(T, rows[:, component.outputs]).flatten(1) if blocks else rows
-            found += [block.numbers(left[block.rows] @ own.v[block.rows].flatten(1).mT) for block in blocks]
-        return torch.cat([*found, rows.sum(0)[: self.free]])
+        for each, own, blocks in zip(left, self.vectors, self.blocks, strict=True):
+            rows, right = each.flatten(1), own.v.flatten(1)
+            found += [block.numbers(rows[block.rows] @ right[block.rows].mT) for block in blocks]
+        return torch.cat([*found, sums[: self.free]])
+
+    def _pass(self, rows_of: Callable[[slice, Tensor | None], Tensor], step: Factors | None = None) -> Tensor:
+        """:meth:`_inner` of the rows that ``rows_of`` has for a chunk and the outputs of a ``step`` there, if any."""
+        problem = self.problem
+        factors = Factors(self.vectors) if step is None else step
+        into = Factors([Units(None, torch.zeros_like(own.v), own.gate) for own in self.vectors])
+        into = Factors(into.units, self.O.new_zeros(problem.outputs))
+        evaluation = Evaluation(problem, factors, into)
+        for index, stats in problem.chunks(self.O.dtype, rows=evaluation.rows(self.O.dtype)):
+            parts = evaluation.parts(stats)
+            M = None if step is None else evaluation.outputs(parts, self.O[index].shape[:-1])
+            evaluation.pull(parts, rows_of(index, M).reshape(-1, problem.outputs))
+        evaluation.close()
+        assert into.intercept is not None
+        return self._numbers([units.v for units in into.units], into.intercept)
 
     def _prepare(self) -> None:
-        """The right-hand side, and the factor of the preconditioner, in one pass over the features."""
+        """The right-hand side, and the factor of the preconditioner, in one pass over the features or over blocks."""
         problem = self.problem
         count = sum(self.sizes) + self.free
         moment = self.O.new_zeros(count, count)
         total = self.O.new_zeros(count)
         draws = _Draws(problem, count, self.rows_each)
-        for index, features in self.features:
-            O, (targets, weights) = self.O[index], problem.targets_of(index, self.O.dtype)
-            L = problem.own_loss.value_and_gradient(O, targets, weights)[1].reshape(-1, problem.outputs)
-            total += self._inner(features, L)
-            # One sample after the other, each with all of its draws.
-            place, noise = draws.of(index, O)
-            E = problem.own_loss.hessian_root_product(O[place].unsqueeze(1), targets[place].unsqueeze(1), noise)
-            E = E * (weights[place] * draws.share).sqrt().view(-1, *[1] * (E.ndim - 1))
-            add_moment(moment, self._gradients(features, place, E))
+        if self.whole:
+            total = self._pass(lambda index, M: self._residuals(index))
+            for place, noise in draws.parts(problem.local, self._rows):
+                features = self._features(problem.stats_of(place, self.O.dtype))
+                self._add_sampled(moment, features, place, slice(None), noise, draws.share)
+        else:
+            for index, features in self.features:
+                total += self._inner(features, self._residuals(index).reshape(-1, problem.outputs))
+                within, noise = draws.of(index)
+                self._add_sampled(moment, features, index, within, noise, draws.share)
         # The intercept is at its best already.
         self.right = self._targets() - problem.world.sum(total)
         self.right[count - self.free :] = 0.0
@@ -229,6 +265,28 @@ class Correction:
         damping = DAMPING * moment.diagonal() + 1e-6 * moment.diagonal().max() + 1e-30
         moment.diagonal().add_(damping)
         self.factor = positive_factor(moment)
+
+    def _residuals(self, index: slice) -> Tensor:
+        """The gradient of the loss with respect to the outputs of some samples."""
+        targets, weights = self.problem.targets_of(index, self.O.dtype)
+        return self.problem.own_loss.value_and_gradient(self.O[index], targets, weights)[1]
+
+    def _add_sampled(
+        self,
+        moment: Tensor,
+        features: list[Tensor],
+        index: slice | Tensor,
+        place: Tensor | slice,
+        noise: Tensor,
+        share: float,
+    ) -> None:
+        """Add the sampled gradients of a chunk ``index`` of samples, at their ``place`` in it, to the moment."""
+        targets, weights = self.problem.targets_of(index, self.O.dtype)
+        O, targets, weights = self.O[index][place], targets[place], weights[place]
+        # One sample after the other, each with all of its draws.
+        E = self.problem.own_loss.hessian_root_product(O.unsqueeze(1), targets.unsqueeze(1), noise.to(O))
+        E = E * (weights * share).sqrt().view(-1, *[1] * (E.ndim - 1))
+        add_moment(moment, self._gradients(features, place, E))
 
     def _gradients(self, features: list[Tensor], place: Tensor | slice, E: Tensor) -> Tensor:
         """Gradients of <E, outputs> of some samples with respect to every number: (rows, numbers).
@@ -261,16 +319,22 @@ class Correction:
         return torch.cat([*found, self.O.new_zeros(self.free)])
 
     def apply(self, y: Tensor) -> Tensor:
-        """The left-hand side of the equations, for the intercept, too; in one pass over the features."""
+        """The left-hand side of the equations, for the intercept, too; in one pass over the features or over blocks."""
         problem = self.problem
         step = self.step(y)
+        if self.kept is None:
+            return problem.world.sum(self._pass(self._curved, step))
         total = torch.zeros_like(y)
-        for index, features in self.features:
-            O, (targets, weights) = self.O[index], problem.targets_of(index, self.O.dtype)
-            M = problem.combine(step, features, O.shape[:-1])
-            H = problem.own_loss.hessian_product(O, targets, weights, M).reshape(-1, problem.outputs)
-            total += self._inner(features, H)
+        for index, features in self.kept:
+            M = problem.combine(step, features, self.O[index].shape[:-1])
+            total += self._inner(features, self._curved(index, M).reshape(-1, problem.outputs))
         return problem.world.sum(total)
+
+    def _curved(self, index: slice, M: Tensor | None) -> Tensor:
+        """The Hessian of the loss times moves M of the outputs of some samples."""
+        assert M is not None
+        targets, weights = self.problem.targets_of(index, self.O.dtype)
+        return self.problem.own_loss.hessian_product(self.O[index], targets, weights, M)
 
     def solve(self) -> Tensor:
         """The numbers of the step and its intercept, by preconditioned conjugate gradients."""
@@ -366,24 +430,31 @@ class _Draws:
         draws = problem.outputs if self.exact else min(problem.outputs, -(-wanted // rows))
         self.stride = 1 if self.exact else max(1, rows // wanted)
         self.share = 1.0 if self.exact else self.stride / draws
-        if not self.exact:
-            sample = torch.arange(0, problem.n, self.stride)
-            self.own, place = problem.own_samples(sample)
-            shape = len(sample), draws, *problem.targets.shape[1:]
-            # Not of the solver's own: its iterations are the same whether corrections were tried or not.
-            generator = torch.Generator().manual_seed(0)
-            self.noise = torch.randn(shape, generator=generator, dtype=problem.dtype)[place]
-
-    def of(self, index: slice, O: Tensor) -> tuple[Tensor | slice, Tensor]:
-        """Samples of a chunk, numbered within it, and their noise (samples, draws, ...)."""
+        shape = problem.targets.shape[1:]
         if self.exact:
             # Every output by itself, for all tokens: another token's is orthogonal in any case.
-            unit = torch.eye(O.shape[-1], dtype=O.dtype, device=O.device)
-            each = unit.view(1, len(unit), *[1] * (O.ndim - 2), len(unit))
-            return slice(None), each.expand(len(O), len(unit), *O.shape[1:])
+            unit = torch.eye(shape[-1], dtype=problem.dtype)
+            self.each = unit.view(len(unit), *[1] * (len(shape) - 1), len(unit)).expand(len(unit), *shape)
+        else:
+            sample = torch.arange(0, problem.n, self.stride)
+            self.own, place = problem.own_samples(sample)
+            # Not of the solver's own: its iterations are the same whether corrections were tried or not.
+            generator = torch.Generator().manual_seed(0)
+            self.noise = torch.randn((len(sample), draws, *shape), generator=generator, dtype=problem.dtype)[place]
+
+    def of(self, index: slice) -> tuple[Tensor | slice, Tensor]:
+        """Samples of a chunk, numbered within it, and their noise (samples, draws, ...)."""
+        if self.exact:
+            return slice(None), self.each.expand(index.stop - index.start, *self.each.shape)
         first, last = torch.searchsorted(self.own, torch.tensor([index.start, index.stop])).tolist()
-        place = (self.own[first:last] - index.start).to(O.device) if self.stride > 1 else slice(None)
-        return place, self.noise[first:last].to(O.device, O.dtype)
+        return self.own[first:last] - index.start if self.stride > 1 else slice(None), self.noise[first:last]
+
+    def parts(self, local: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of these samples, ``step`` at a time, and their noise."""
+        own = torch.arange(local) if self.exact else self.own
+        for part in split_rows(len(own), step):
+            noise = self.each.expand(len(own[part]), *self.each.shape) if self.exact else self.noise[part]
+            yield own[part], noise
 
 
 def _chosen(

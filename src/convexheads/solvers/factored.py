@@ -27,7 +27,7 @@ from convexheads.certificate import (
     penalty,
     rescaled_bound,
 )
-from convexheads.evaluation import by_block
+from convexheads.evaluation import LOW_GAIN, by_block
 from convexheads.memory import suited_heap
 from convexheads.problem import Problem
 from convexheads.products import fast_products
@@ -70,8 +70,6 @@ SOFT_WORK = 7e9
 """... because an evaluation takes this many multiplications, about, ..."""
 OUTSIDE, OUTSIDE_ROUNDS = 20, 2
 """... with so many singular pairs of a block outside its units, from so many rounds of subspace iteration."""
-LOW_GAIN = 0.75
-"""Multiplications by whole blocks that take as long as one by units in low precision."""
 DIFFERENCE_NOISE = 3e-6
 """Error of an objective by products of differences, as a share of it: a rise by less is accepted where the slope along
 the step falls."""
