@@ -365,11 +365,47 @@ def test_predictions_keep_no_holes_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     head = ConvexHeadClassifier("mixer", beta_ratio=0.3, memory_limit="32MB").fit(X, X[:, 0, 0] > 0)
     trims: list[int] = []
     monkeypatch.setattr(memory, "trim", lambda: trims.append(1))
+    monkeypatch.setattr(memory, "CROWDED", -1.0)
     monkeypatch.setattr("convexheads.estimators.split_rows", lambda total, step: split_rows(total, 2))
     limited = head.logits(X)
     assert len(trims) == 300 // memory.TRIM_CHUNKS > 0
     np.testing.assert_allclose(limited, head.set_params(memory_limit=None).logits(X), rtol=1e-6, atol=1e-7)
     assert len(trims) == 300 // memory.TRIM_CHUNKS > 0
+
+
+@pytest.mark.parametrize(("held", "expected"), [(59, 0), (61, 1), (None, 1)])
+def test_pages_are_given_back_near_the_limit_only(
+    held: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or where the system does not tell what is resident; never without a limit."""
+    trims: list[int] = []
+    monkeypatch.setattr(memory, "trim", lambda: trims.append(1))
+    with memory.limited(100 * MB) as budget:
+        before = budget.before
+        assert before is None or before > 0
+        now = None if held is None else (before or 0) + held * MB
+        monkeypatch.setattr(memory, "resident_memory", lambda: now)
+        memory.current().trim()
+    assert len(trims) == (1 if before is None else expected)
+    memory.Budget().trim()
+    assert len(trims) == (1 if before is None else expected)
+
+
+@pytest.mark.parametrize("index", [slice(2, 9), torch.tensor([7, 8, 1, 30, 31, 32]), slice(0, 40, 3), slice(4, 4)])
+def test_reads_of_a_pass_share_their_memory(index: slice | torch.Tensor, tmp_path: Path) -> None:
+    rows = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0))
+    kept = memory.FileRows((40, 3, 5), torch.float32, tmp_path)
+    kept.write(0, rows)
+    buffer = memory.Buffer()
+    first = kept.read(slice(0, 20), buffer)
+    assert torch.equal(first, rows[:20])
+    found = kept.read(index, buffer)
+    assert torch.equal(found, rows[index])
+    assert not found.numel() or found.data_ptr() == first.data_ptr()
+    # Without one every read has its own.
+    again = kept[index]
+    kept.read(slice(20, 40), buffer)
+    assert torch.equal(again, rows[index])
 
 
 def test_pages_are_kept_within_a_fit_of_many_samples_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import torch
 import convexheads.problem
 from contract_cases import SMALL, Case, float32_problem, random_units
 from convexheads import memory, products
-from convexheads.problem import Problem, Sums, take_rows
+from convexheads.evaluation import Evaluation, Sums
+from convexheads.problem import Problem, take_rows
 from convexheads.products import (
     WORTH,
     add_moment,
@@ -143,7 +144,7 @@ def test_chunks_are_larger_and_minibatches_whole_in_low_precision(monkeypatch: p
     assert low.pass_rows(torch.bfloat16, 3) == int(2.5 * problem.pass_rows(torch.float32, 3))
     factors = random_units(problem).to(torch.float32)
     parts: list[int] = []
-    low.chunk_gradient = lambda *args: parts.append(len(args[2])) or 0.0  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(Evaluation, "add", lambda self, stats, targets, weights: parts.append(len(targets)) or 0.0)
     monkeypatch.setattr(convexheads.problem, "LEAST_LOW_ROWS", 1)
     monkeypatch.setattr(convexheads.problem, "FEWEST_ROWS", 1)
     low.chunk_rows = lambda *args, **kwargs: 2  # type: ignore[method-assign]
@@ -371,15 +372,16 @@ def test_whole_chunks_of_limited_fits_go_through_onednn(
     """Evaluations repeat products of the same shapes, but for the chunk that is left over."""
     monkeypatch.setattr(products, "_KEPT", {})
     monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(convexheads.evaluation, "BLOCK_GAIN", 0.0)
     monkeypatch.setattr(Problem, "pass_rows", lambda *args: 32)
     taken: list[tuple[int, bool]] = []
-    own = Problem.chunk_gradient
+    own = Evaluation.add
 
-    def watched(self: Problem, factors: Factors, stats: Any, targets: torch.Tensor, *rest: Any) -> float:
+    def watched(self: Evaluation, stats: Any, targets: torch.Tensor, *rest: Any) -> float:
         taken.append((len(targets), products._in_force(torch.float32)))
-        return own(self, factors, stats, targets, *rest)
+        return own(self, stats, targets, *rest)
 
-    monkeypatch.setattr(Problem, "chunk_gradient", watched)
+    monkeypatch.setattr(Evaluation, "add", watched)
     with memory.limited(limit):
         problem = float32_problem(Case("self_attention", n=70, s=6, d=8))
         factors = random_units(problem, 3).to(torch.float32)
@@ -391,6 +393,21 @@ def test_whole_chunks_of_limited_fits_go_through_onednn(
     assert {count for count, fast in taken if fast} == expected
     exact = problem.in_dtype(torch.float64).value_and_gradient(factors.to(torch.float64))[1]
     torch.testing.assert_close(found.flat().double(), exact.flat(), rtol=1e-4, atol=1e-5)
+
+
+@can_be_set
+def test_whole_blocks_of_limited_fits_go_through_onednn_whatever_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_KEPT", {})
+    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(Problem, "pass_rows", lambda *args: 32)
+    with memory.limited("200MB"):
+        problem = float32_problem(Case("self_attention", n=70, s=6, d=8))
+        for units in (30, 50):
+            problem.forward(random_units(problem, units))
+            problem.value_and_gradient(random_units(problem, units).to(torch.float32))
+    # Of whole chunks, and of the one that is left over.
+    assert sorted(key[1] for key in products._KEPT) == [6, 32]
+    assert set(products._KEPT.values()) == {convexheads.evaluation.BLOCK_SHAPES}
 
 
 @pytest.mark.parametrize("workspace", [1, 2**21])
@@ -433,6 +450,7 @@ def test_minibatches_give_back_what_they_have_read(
     """A fit of 24,000 samples of 64 x 128 under 128 MB took 117 to 164 MB, and most of it were holes."""
     given: list[int] = []
     monkeypatch.setattr(memory, "trim", lambda: given.append(1))
+    monkeypatch.setattr(memory, "CROWDED", -1.0)
     monkeypatch.setattr(warmup, "TRIMMED", parts)
     with memory.limited(limit):
         problem = float32_problem(Case("mixer", n=40, s=6, d=8))

@@ -65,8 +65,8 @@ class Sums:
         self._held.clear()
 
 
-def by_block(component: Component, units: Units, gain: float = BLOCK_GAIN) -> bool:
-    """Whether a component's block as a whole is cheaper than its units, of which there are so many."""
+def by_block(component: Component, units: Units, gain: float) -> bool:
+    """Whether a component's block as a whole is cheaper than its units; ``gain`` such products take as long as one."""
     if units.u is None or component.gates is not None:
         return False
     return component.form.block_work <= gain * len(units.v) * component.gradient_work

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from convexheads.architectures import Stats
 from convexheads.architectures.base import gate_groups
-from convexheads.evaluation import Evaluation, by_block
+from convexheads.evaluation import BLOCK_GAIN, Evaluation, by_block
 from convexheads.operator import split_rows
 from convexheads.problem import Problem
 from convexheads.products import add_moment, from_lower
@@ -172,7 +172,7 @@ class Correction:
         self.rows_each = problem.targets.shape[1:-1].numel()
         parts = zip(problem.components, self.vectors, strict=True)
         # Then features are of use for the sampled Hessian only.
-        self.whole = all(by_block(component, own) for component, own in parts)
+        self.whole = all(not len(own.v) or by_block(component, own, BLOCK_GAIN) for component, own in parts)
         width = sum(len(own.v) * c.form.value_width for own, c in zip(self.vectors, problem.components, strict=True))
         size = width * problem.targets[..., 0].numel() * O.dtype.itemsize
         self.kept: list[tuple[slice, list[Tensor]]] | None = None
