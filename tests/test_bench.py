@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import convexheads.evaluation
 from convexheads import ConvexHeadClassifier
 from convexheads.bench import BENCHMARKS, common, conic, gated_mlp, scaling
 from convexheads.bench.common import Ratio, Result, Settings, Timing, TokenSource, curve, seconds_to, threads, timed
@@ -166,16 +167,21 @@ def test_runs_are_repeated_and_threads_restored() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_operations_of_an_evaluation_are_counted() -> None:
-    """Twice the samples and twice the units are four times the products with v."""
+def test_operations_of_an_evaluation_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the samples and twice the units are four times the products with v; of whole blocks twice."""
     sizes = scaling.Sizes(64, 4, 4, 3, 4)
-    counted = []
-    for each in (sizes, replace(sizes, n=128), replace(sizes, n=128, m=8)):
-        timing, operations = scaling.measure_evaluation(our_problem(each.task(0)), each.m, scaling.Settings())
-        counted.append(operations)
-        assert len(timing.runs) >= scaling.SMALLEST_REPEATS
-    assert counted[1] == 2 * counted[0]
-    assert counted[2] == 2 * counted[1]
+    for gain, factor in ((0.0, 2), (1e9, 1)):
+        monkeypatch.setattr(convexheads.evaluation, "BLOCK_GAIN", gain)
+        counted = []
+        for each in (sizes, replace(sizes, n=128), replace(sizes, n=128, m=8)):
+            timing, operations = scaling.measure_evaluation(our_problem(each.task(0)), each.m, scaling.Settings())
+            counted.append(operations)
+            assert len(timing.runs) >= scaling.SMALLEST_REPEATS
+        # Blocks are made of units, and gradients of units of blocks, once a pass.
+        once = (0, 0, 0) if factor == 2 else tuple(3 * 2 * m * 16 * 12 for m in (4, 4, 8))
+        samples = [found - own for found, own in zip(counted, once, strict=True)]
+        assert samples[1] == 2 * samples[0] > 0
+        assert samples[2] == factor * samples[1]
 
 
 def test_evaluations_and_the_peak_are_measured_as_the_solver_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

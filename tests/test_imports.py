@@ -26,7 +26,7 @@ LAYERS: list[list[str]] = [
     ["operator"],
     ["losses"],
     ["spectral"],
-    ["problem"],
+    ["problem", "evaluation"],  # an evaluation is of a problem, which evaluates
     ["subspace"],
     ["certificate"],  # knows no solver; solvers stop at the gap that it certifies
     ["solvers"],

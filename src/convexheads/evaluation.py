@@ -125,9 +125,9 @@ class _ByBlock:
         if self.total is None or into is None or u is None:
             return
         gamma = self.form.spread(self.total).reshape(self.component.p, self.component.q)
-        into.v.flatten(1).addmm_(u.flatten(1), gamma)
+        into.v += (u.flatten(1) @ gamma).view_as(into.v)
         if into.u is not None:
-            into.u.flatten(1).addmm_(self.units.v.flatten(1), gamma.mT)
+            into.u += (self.units.v.flatten(1) @ gamma.mT).view_as(into.u)
         self.total = None
 
 
@@ -174,7 +174,7 @@ class Evaluation:
         # What blocks hold is counted in full, features once of several times that they are held.
         largest = max(component.form.workspace for component in problem.components)
         rows = problem.pass_rows(dtype, max(1, units + math.ceil(sum(blocks) / (ALIVE * largest))), cached)
-        if not blocks:
+        if not blocks or problem.device.type != "cpu":
             return rows
         most = min(4 * BLOCK_NUMBERS, 2 * problem.budget.lasting)
         return max(1, min(rows, most // problem.stats_bytes))

@@ -166,6 +166,11 @@ def aligned_product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ torch.nn.functional.pad(b, (0, spare)))[:, :columns]
 
 
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b of matrices; torch counts the operations of this call, and not those of ``addmm_``."""
+    torch.addmm(into, a, b, out=into)
+
+
 def add_moment(into: Tensor, rows: Tensor) -> None:
     """Add rows^T rows, of ``rows`` (n, D), to the lower triangle of ``into`` (D, D); above it lies anything.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from convexheads.errors import InputError, describe
-from convexheads.products import narrow_product
+from convexheads.products import add_product, narrow_product
 
 Stats = tuple[Tensor, ...]
 Pullback = Callable[[Tensor], Tensor]
@@ -320,7 +320,7 @@ class Architecture:
         order = (2, 1, 0) if turned else (1, 2, 0)
         if total is None:
             return (L.mT @ T).view(-1, a, b).permute(order)
-        total.permute((2, 1, 0) if turned else (2, 0, 1)).view(-1, a * b).addmm_(L.mT, T)
+        add_product(total.permute((2, 1, 0) if turned else (2, 0, 1)).view(-1, a * b), L.mT, T)
         return total
 
     def spread(self, adjoint: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from convexheads.architectures.base import (
     gated_forms_adjoint,
     register,
 )
-from convexheads.products import narrow_product
+from convexheads.products import add_product, narrow_product
 
 
 class PooledLinearMixer(Architecture):
@@ -62,7 +62,7 @@ class PooledLinearMixer(Architecture):
         L = (L * self.tokens**-0.5).mT.contiguous()
         if total is None:
             return (L @ X.flatten(1)).view(-1, *X.shape[1:]).permute(2, 1, 0)
-        total.permute(2, 1, 0).view(len(L), -1).addmm_(L, X.flatten(1))
+        add_product(total.permute(2, 1, 0).view(len(L), -1), L, X.flatten(1))
         return total
 
     @property

@@ -20,7 +20,7 @@ from convexheads.architectures.base import (
     gated_forms_adjoint,
     register,
 )
-from convexheads.products import aligned_product
+from convexheads.products import add_product, aligned_product
 
 
 @cache
@@ -128,7 +128,7 @@ class PooledLinearSelfAttention(_Pooled):
         own = (mean[:, :, None] * L[:, None]).flatten(1)
         if total is None:
             return (half.mT @ own).view(half.shape[1], -1, L.shape[1])
-        total.view(half.shape[1], -1).addmm_(half.mT, own)
+        add_product(total.view(half.shape[1], -1), half.mT, own)
         return total
 
     def spread(self, adjoint: Tensor) -> Tensor:
