@@ -34,6 +34,14 @@ def _symmetric_places(width: int, device: torch.device) -> Tensor:
     return place
 
 
+@cache
+def _both_places(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the entries (k, l), k <= l, of a matrix the numbers of (k, l) and (l, k), row by row, and what each counts."""
+    with torch.inference_mode(False):
+        k, l = torch.triu_indices(width, width, device=device)
+        return k * width + l, l * width + k, torch.where(k == l, 0.5, 1.0)
+
+
 class _Square(Architecture):
     @property
     def u_shape(self) -> tuple[int, ...]:
@@ -132,7 +140,11 @@ class PooledLinearSelfAttention(_Pooled):
         return total
 
     def spread(self, adjoint: Tensor) -> Tensor:
-        return super().spread(adjoint.transpose(0, 1))
+        # (d (d + 1) / 2, rows of W1, c): by whole rows, which is faster than by any other index.
+        d = self.features
+        place = _symmetric_places(d, adjoint.device).flatten()
+        every = adjoint.flatten(1).index_select(0, place).view(d * d, *adjoint.shape[1:])
+        return every.transpose(0, 1).reshape(-1, d, adjoint.shape[2])
 
     @property
     def block_work(self) -> float:
@@ -147,11 +159,10 @@ class PooledLinearSelfAttention(_Pooled):
     def block_weights(self, Z: Tensor) -> Tensor:
         # xbar^T Z G, with what G has twice in one place: (d (d + 1) / 2, d c).
         d = self.features
-        own = Z.view(d, d, d, -1)
-        k, l = torch.triu_indices(d, d, device=Z.device)
-        both = own[:, k, l] + own[:, l, k]
-        both[:, k == l] *= 0.5
-        return both.transpose(0, 1).flatten(1)
+        own = Z.reshape(d, d * d, -1).transpose(0, 1).flatten(1)
+        upper, lower, share = _both_places(d, Z.device)
+        both = own.index_select(0, upper).add_(own.index_select(0, lower))
+        return both.mul_(share.to(Z.dtype)[:, None])
 
     def block_stats(self, stats: Stats) -> Stats:
         mean, gram = stats
