@@ -64,7 +64,6 @@ def minibatches(
     """
     dtype, variables = x.dtype, shapes.like(x)
     order = shuffled(problem, problem.low or dtype, generator).to(problem.device)
-    # Temporaries that stay in the cache are several times faster than those of a whole batch.
     most = Evaluation(problem, variables, low=problem.low).rows(problem.low or dtype)
     read, buffers = 0, pass_buffers()
     # Even ones: the gradient of the few samples that are left over would be all noise.
