@@ -230,16 +230,15 @@ class Correction:
         """:meth:`_inner` of the rows that ``rows_of`` has for a chunk and the outputs of a ``step`` there, if any."""
         problem = self.problem
         factors = Factors(self.vectors) if step is None else step
-        into = Factors([Units(None, torch.zeros_like(own.v), own.gate) for own in self.vectors])
-        into = Factors(into.units, self.O.new_zeros(problem.outputs))
-        evaluation = Evaluation(problem, factors, into)
+        sums = self.O.new_zeros(problem.outputs)
+        into = [Units(None, torch.zeros_like(own.v), own.gate) for own in self.vectors]
+        evaluation = Evaluation(problem, factors, Factors(into, sums))
         for index, stats in problem.chunks(self.O.dtype, rows=evaluation.rows(self.O.dtype)):
             parts = evaluation.parts(stats)
             M = None if step is None else evaluation.outputs(parts, self.O[index].shape[:-1])
             evaluation.pull(parts, rows_of(index, M).reshape(-1, problem.outputs))
         evaluation.close()
-        assert into.intercept is not None
-        return self._numbers([units.v for units in into.units], into.intercept)
+        return self._numbers([units.v for units in into], sums)
 
     def _prepare(self) -> None:
         """The right-hand side, and the factor of the preconditioner, in one pass over the features or over blocks."""
