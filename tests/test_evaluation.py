@@ -164,7 +164,6 @@ def test_corrections_have_the_same_equations(
     assert pairs
     found = []
     for gain, kept in ((math.inf, True), (0.0, True), (0.0, False)):
-        monkeypatch.setattr(convexheads.solvers.correction, "BLOCK_GAIN", gain)
         monkeypatch.setattr(convexheads.evaluation, "BLOCK_GAIN", gain)
         problem.cache_bytes = 10**9 if kept else 0
         equations = Correction(problem, O, pairs, factors)

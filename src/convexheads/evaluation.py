@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,8 @@ BLOCK_GAIN, LOW_GAIN = 1.5, 0.4
 factors of the units' products may be rounded."""
 BLOCK_NUMBERS = 2**21
 """Numbers of statistics in a chunk for whole blocks, at most: they are read twice, the second time from the cache."""
-BLOCK_SHAPES = 3
-"""Shapes of the products that a component takes by its whole block."""
+BLOCK_SHAPES, UNIT_SHAPES = 3, 7
+"""Shapes of the products that a component takes by its whole block, or by its units."""
 
 
 class Sums:
@@ -98,13 +99,17 @@ class _ByBlock:
     """A component by its block as a whole; its part of a chunk is what that takes of the statistics."""
 
     def __init__(self, component: Component, units: Units, into: Units | None, low: torch.dtype | None) -> None:
-        assert units.u is not None
         self.component, self.units, self.into, self.low = component, units, into, low
         self.form = component.form
-        Z = units.u.flatten(1).mT @ units.v.flatten(1)
-        weights = self.form.block_weights(Z.view(component.p, self.form.value_width, component.width))
-        self.weights = weights if low is None else weights.to(low)
         self.total: Tensor | None = None
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The block: made when outputs are first asked for."""
+        assert self.units.u is not None
+        Z = self.units.u.flatten(1).mT @ self.units.v.flatten(1)
+        weights = self.form.block_weights(Z.view(self.component.p, self.form.value_width, self.component.width))
+        return weights if self.low is None else weights.to(self.low)
 
     def part(self, stats: Stats) -> Stats:
         return self.form.block_stats(stats)
@@ -163,8 +168,8 @@ class Evaluation:
 
     @property
     def whole(self) -> bool:
-        """Whether every component takes its block as a whole."""
-        return all(isinstance(way, _ByBlock) for way in self.ways)
+        """Whether every component that has units takes its block as a whole."""
+        return all(isinstance(way, _ByBlock) or not len(way.units.v) for way in self.ways)
 
     def rows(self, dtype: torch.dtype, cached: bool = True) -> int:
         """Samples a chunk, whose statistics in ``dtype`` are read or computed."""
@@ -179,23 +184,28 @@ class Evaluation:
         most = min(4 * BLOCK_NUMBERS, 2 * problem.budget.lasting)
         return max(1, min(rows, most // problem.stats_bytes))
 
-    def products(self, rows: int | None = None, learns: bool = True) -> Callable[[int], AbstractContextManager[None]]:
+    def products(self, rows: int, learns: bool = True) -> Callable[[int], AbstractContextManager[None]]:
         """What products of chunks, given their numbers of samples, are taken in where memory is limited.
 
-        ``rows`` : samples of a whole chunk. Where it is not in use ``learns`` says whether evaluations like this one
-        are worth what is kept of their products.
+        Those of the units of whole chunks, of ``rows`` samples, are of the same shapes whenever there are as many
+        units; those of whole blocks whenever a chunk is as large. ``learns`` says whether evaluations like this one
+        are worth what is kept of their products, if these go by units and are not in use yet.
         """
         problem = self.problem
-        if not self.whole:
-            shapes = {} if learns else {"shapes": 0}
-            return problem.repeated_products(self.factors, rows, **shapes)
         most = problem.budget.kernels(problem.fixed_bytes)
-        dtype = self.factors.tensors()[0].dtype
-        if not most or dtype != torch.float32 or self.low is not None or problem.device.type != "cpu":
+        float32 = self.factors.tensors()[0].dtype == torch.float32
+        if not most or not (self.whole or problem.wide_products) or not float32 or problem.device.type != "cpu":
             return lambda count: nullcontext()
-        forms = tuple((c.form.name, c.form.u_shape, c.q) for c in problem.components)
-        shapes_each = BLOCK_SHAPES * len(forms)
-        return lambda count: products.repeated_products(("blocks", count, forms), shapes_each, most)
+        parts = zip(problem.components, self.factors.units, strict=True)
+        key = tuple((c.form.name, c.form.u_shape, c.q, None if self.whole else len(own.v)) for c, own in parts)
+        each = BLOCK_SHAPES if self.whole else UNIT_SHAPES if learns else 0
+
+        def of(count: int) -> AbstractContextManager[None]:
+            if count != rows and not self.whole:
+                return nullcontext()
+            return products.repeated_products((count, key), each * len(key), most)
+
+        return of
 
     def parts(self, stats: Sequence[Stats]) -> list[Any]:
         """What every component takes of a chunk of samples."""

@@ -15,14 +15,13 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from convexheads import memory, products
+from convexheads import memory
 from convexheads.architectures import Stats
 from convexheads.distributed import ALONE, World
 from convexheads.errors import InputError, describe
@@ -50,9 +49,6 @@ MOST_ROWS = 8192
 GAMMA_WORKSPACE = 2**21  # the same where Gamma is formed: wide products take more to be fast
 GAMMA_SAMPLES = 256  # samples a chunk there
 
-
-EVALUATION_SHAPES = 7
-"""Shapes of the products that a component takes in an evaluation of the objective, at most."""
 ROUNDING = 1e-13
 """Largest sum of a dual point that is taken for rounding."""
 INTERCEPT_STEPS, LEAST_STEP = 60, 1e-8
@@ -471,8 +467,9 @@ class Problem:
         factors = factors.to(dtype)
         O = torch.empty(self.targets.shape, dtype=dtype, device=self.device)
         evaluation = Evaluation(self, factors)
-        fast = evaluation.products(learns=False)
-        for index, stats in self.chunks(dtype, cached=cached, rows=evaluation.rows(dtype, cached)):
+        rows = evaluation.rows(dtype, cached)
+        fast = evaluation.products(rows, learns=False)
+        for index, stats in self.chunks(dtype, cached=cached, rows=rows):
             with fast(index.stop - index.start):
                 O[index] = evaluation.outputs(evaluation.parts(stats), O[index].shape[:-1])
         return O
@@ -510,38 +507,15 @@ class Problem:
         """The same at the variables ``x``, one vector of the ``shapes`` of factors; the gradient is one as well."""
         flat, total = torch.zeros_like(x), 0.0
         evaluation = Evaluation(self, shapes.like(x), shapes.like(flat), self.low)
-        fast = evaluation.products()
         kept = self.low or x.dtype
-        for index, stats in self.chunks(kept, rows=evaluation.rows(kept)):
+        rows = evaluation.rows(kept)
+        fast = evaluation.products(rows)
+        for index, stats in self.chunks(kept, rows=rows):
             with fast(index.stop - index.start):
                 total += evaluation.add(stats, *self.targets_of(index, x.dtype))
         evaluation.close()
         total, flat = self.summed(total, flat)
         return total + self.flat_decay(shapes, x, flat), flat
-
-    def repeated_products(
-        self, factors: Factors, rows: int | None = None, shapes: int = EVALUATION_SHAPES
-    ) -> Callable[[int], AbstractContextManager[None]]:
-        """What products of chunks, given their numbers of samples, are taken in where memory is limited.
-
-        Those of whole chunks, of ``rows`` samples (None: as in a pass), are of the same shapes whenever there are as
-        many units. ``shapes``: how many there may be that are new; 0 where only evaluations of the objective are worth
-        what is kept of them.
-        """
-        most, dtype = self.budget.kernels(self.fixed_bytes), factors.tensors()[0].dtype
-        if not most or not self.wide_products or dtype != torch.float32 or self.device.type != "cpu":
-            return lambda count: nullcontext()
-        if rows is None:
-            rows = self.pass_rows(dtype, max(1, factors.n_units))
-        parts = zip(self.components, factors.units, strict=True)
-        key = (rows, tuple((c.form.name, c.form.u_shape, c.q, len(units.v)) for c, units in parts))
-
-        def of(count: int) -> AbstractContextManager[None]:
-            if count != rows:
-                return nullcontext()
-            return products.repeated_products(key, shapes * len(self.components), most)
-
-        return of
 
     def flat_decay(self, shapes: Factors, x: Tensor, gradient: Tensor) -> float:
         """The weight decay of the variables ``x``, summed in float64; its gradient is added to ``gradient``."""

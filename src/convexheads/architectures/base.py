@@ -55,6 +55,23 @@ def by_feature(T: Tensor) -> bool:
     return T.stride(1) == 1 and T.stride(2) == T.shape[1] and not T.is_contiguous()
 
 
+def outer_sum(T: Tensor, L: Tensor, total: Tensor | None) -> Tensor:
+    """sum_i T_i (x) L_i, added to ``total``: (r, k, c) from features T (n, r, k), or (n, s, r, k), and rows L of them.
+
+    ``total`` is what this has returned for features that lie in memory like these.
+    """
+    # As they come, and L first: libraries copy a transposed first factor, and L is the smaller one.
+    turned = T.ndim == 3 and by_feature(T)
+    T = T.mT if turned else T
+    a, b = T.shape[-2:]
+    T = T.reshape(-1, a * b)
+    order = (2, 1, 0) if turned else (1, 2, 0)
+    if total is None:
+        return (L.mT @ T).view(-1, a, b).permute(order)
+    add_product(total.permute((2, 1, 0) if turned else (2, 0, 1)).view(-1, a * b), L.mT, T)
+    return total
+
+
 def features_by_gate(selected: Tensor, u: Tensor, gate: Tensor) -> Tensor:
     """<selected[:, gate_j], u_j> for every unit: (n, m, 1) from selected (n, P, p), u (m, p), gate (m,) ascending.
 
@@ -311,17 +328,7 @@ class Architecture:
 
     def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
         """sum_i T_i (x) L_i of the distinct features T and rows L (n, c) or (n s, c), added to ``total``: (r, k, c)."""
-        T = self.distinct_features(stats, rows, gate)
-        # As it comes, and L first: libraries copy a transposed first factor, and L is the smaller one.
-        turned = T.ndim == 3 and by_feature(T)
-        T = T.mT if turned else T
-        a, b = T.shape[-2:]
-        T = T.reshape(-1, a * b)
-        order = (2, 1, 0) if turned else (1, 2, 0)
-        if total is None:
-            return (L.mT @ T).view(-1, a, b).permute(order)
-        add_product(total.permute((2, 1, 0) if turned else (2, 0, 1)).view(-1, a * b), L.mT, T)
-        return total
+        return outer_sum(self.distinct_features(stats, rows, gate), L, total)
 
     def spread(self, adjoint: Tensor) -> Tensor:
         """What :meth:`distinct_adjoint` sums up -> (rows, k, c), the same for each of ``basis_features``."""

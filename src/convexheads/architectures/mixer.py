@@ -12,9 +12,10 @@ from convexheads.architectures.base import (
     Stats,
     gated_forms,
     gated_forms_adjoint,
+    outer_sum,
     register,
 )
-from convexheads.products import add_product, narrow_product
+from convexheads.products import narrow_product
 
 
 class PooledLinearMixer(Architecture):
@@ -58,12 +59,7 @@ class PooledLinearMixer(Architecture):
 
     def distinct_adjoint(self, stats: Stats, L: Tensor, gate: int | None, rows: slice, total: Tensor | None) -> Tensor:
         # Of the tokens as they are: scaled, they would be one more copy.
-        X = stats[0][:, :, rows]
-        L = (L * self.tokens**-0.5).mT.contiguous()
-        if total is None:
-            return (L @ X.flatten(1)).view(-1, *X.shape[1:]).permute(2, 1, 0)
-        add_product(total.permute(2, 1, 0).view(len(L), -1), L, X.flatten(1))
-        return total
+        return outer_sum(stats[0][:, :, rows].mT, L * self.tokens**-0.5, total)
 
     @property
     def block_work(self) -> float:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from convexheads.architectures import Stats
 from convexheads.architectures.base import gate_groups
-from convexheads.evaluation import BLOCK_GAIN, Evaluation, by_block
+from convexheads.evaluation import Evaluation
 from convexheads.operator import split_rows
 from convexheads.problem import Problem
 from convexheads.products import add_moment, from_lower
@@ -170,9 +170,8 @@ class Correction:
         self.sizes = [block.size for block in self.every]
         self.free = problem.outputs if problem.fit_intercept else 0
         self.rows_each = problem.targets.shape[1:-1].numel()
-        parts = zip(problem.components, self.vectors, strict=True)
         # Then features are of use for the sampled Hessian only.
-        self.whole = all(not len(own.v) or by_block(component, own, BLOCK_GAIN) for component, own in parts)
+        self.whole = Evaluation(problem, Factors(self.vectors)).whole
         width = sum(len(own.v) * c.form.value_width for own, c in zip(self.vectors, problem.components, strict=True))
         size = width * problem.targets[..., 0].numel() * O.dtype.itemsize
         self.kept: list[tuple[slice, list[Tensor]]] | None = None
@@ -444,16 +443,22 @@ class _Draws:
     def of(self, index: slice) -> tuple[Tensor | slice, Tensor]:
         """Samples of a chunk, numbered within it, and their noise (samples, draws, ...)."""
         if self.exact:
-            return slice(None), self.each.expand(index.stop - index.start, *self.each.shape)
+            return slice(None), self._noise(index)
         first, last = torch.searchsorted(self.own, torch.tensor([index.start, index.stop])).tolist()
-        return self.own[first:last] - index.start if self.stride > 1 else slice(None), self.noise[first:last]
+        within = self.own[first:last] - index.start if self.stride > 1 else slice(None)
+        return within, self._noise(slice(first, last))
 
     def parts(self, local: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All of these samples, ``step`` at a time, and their noise."""
         own = torch.arange(local) if self.exact else self.own
         for part in split_rows(len(own), step):
-            noise = self.each.expand(len(own[part]), *self.each.shape) if self.exact else self.noise[part]
-            yield own[part], noise
+            yield own[part], self._noise(part)
+
+    def _noise(self, part: slice) -> Tensor:
+        """That of a part of these samples."""
+        if self.exact:
+            return self.each.expand(part.stop - part.start, *self.each.shape)
+        return self.noise[part]
 
 
 def _chosen(

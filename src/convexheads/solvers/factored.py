@@ -27,7 +27,7 @@ from convexheads.certificate import (
     penalty,
     rescaled_bound,
 )
-from convexheads.evaluation import LOW_GAIN, by_block
+from convexheads.evaluation import Evaluation
 from convexheads.memory import suited_heap
 from convexheads.problem import Problem
 from convexheads.products import fast_products
@@ -760,8 +760,8 @@ class Factored:
 
     def whole(self, factors: Factors) -> bool:
         """Whether every component's block is evaluated as a whole, rather than units in low precision."""
-        parts = zip(self.problem.components, factors.units, strict=True)
-        return all(by_block(component, units, LOW_GAIN) for component, units in parts)
+        assert self.low is not None
+        return Evaluation(self.problem, factors, low=self.low).whole
 
     def fitting(self, factors: Factors) -> bool:
         """Whether every worker has room for differences from these factors."""
