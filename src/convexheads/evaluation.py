@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,17 +98,14 @@ class _ByBlock:
     """A component by its block as a whole; its part of a chunk is what that takes of the statistics."""
 
     def __init__(self, component: Component, units: Units, into: Units | None, low: torch.dtype | None) -> None:
+        assert units.u is not None
         self.component, self.units, self.into, self.low = component, units, into, low
         self.form = component.form
+        # Before the chunks: made among the first one's temporaries, it would keep their pages resident.
+        Z = units.u.flatten(1).mT @ units.v.flatten(1)
+        weights = self.form.block_weights(Z.view(component.p, self.form.value_width, component.width))
+        self.weights = weights if low is None else weights.to(low)
         self.total: Tensor | None = None
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """The block: made when outputs are first asked for."""
-        assert self.units.u is not None
-        Z = self.units.u.flatten(1).mT @ self.units.v.flatten(1)
-        weights = self.form.block_weights(Z.view(self.component.p, self.form.value_width, self.component.width))
-        return weights if self.low is None else weights.to(self.low)
 
     def part(self, stats: Stats) -> Stats:
         return self.form.block_stats(stats)

@@ -172,9 +172,9 @@ def largest_product(problem: Problem) -> float:
 
 
 def curvature_pairs(problem: Problem, x: Tensor) -> int:
-    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a sixteenth of the memory limit."""
-    limit = problem.budget.limit
-    return MEMORY if limit is None else max(4, min(MEMORY, limit // (48 * x.numel() * x.element_size())))
+    """Curvature pairs that L-BFGS keeps: fewer where they would take more than a twentieth of the memory limit."""
+    limit, vectors = problem.budget.limit, 3  # s, y and the image of y
+    return MEMORY if limit is None else max(4, min(MEMORY, limit // (20 * vectors * x.numel() * x.element_size())))
 
 
 def length(vector: Tensor) -> float:
@@ -929,6 +929,8 @@ class Factored:
         certificate = bound
         self.free_low()
         if self.proves:
+            # A fit under a limit is often at its peak here: in the outputs' and Gamma's float64.
+            self.problem.budget.trim()
             factors, certificate = certify_refitted(self.problem, factors)
         return Solution(
             factors,
