@@ -319,12 +319,18 @@ def test_gradients_are_the_same_with_products_laid_out_otherwise(
 
 @pytest.mark.parametrize("columns", [0, 1, 4, 15, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_products_of_few_columns(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("inner", [5, 8])
+def test_products_of_few_columns(
+    columns: int, dtype: torch.dtype, intel: bool, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(4)
-    a, b = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 5), (columns, 5)))
+    a, b = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, inner), (columns, inner)))
     plain = narrow_product(a, b.mT)
     assert torch.equal(plain, a @ b.mT)
     monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
+    monkeypatch.setattr(products, "INNER", 2)
+    monkeypatch.setattr(products, "_intel", lambda: intel)
     found = narrow_product(a, b.mT)
     # As a product leaves it: a loss takes sums along rows.
     assert found.is_contiguous()
@@ -334,6 +340,7 @@ def test_products_of_few_columns(columns: int, dtype: torch.dtype, monkeypatch: 
 @can_be_set
 def test_products_of_few_columns_are_left_to_onednn_where_it_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "WORTH_SWAPPING", 0)
+    monkeypatch.setattr(products, "_intel", lambda: False)
     shapes: list[torch.Size] = []
     taken = torch.Tensor.__matmul__
 
@@ -348,6 +355,32 @@ def test_products_of_few_columns_are_left_to_onednn_where_it_takes_them(monkeypa
         narrow_product(a, b)
         narrow_product(a.double(), b.double())
     assert [tuple(shape) for shape in shapes] == [(2, 5), (9, 5), (2, 5)]
+
+
+@pytest.mark.parametrize(("rows", "inner", "split"), [(4, 4, True), (4, 3, False), (5, 4, False)])
+def test_long_rows_go_by_parts_on_intel_where_they_are_few(
+    rows: int, inner: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORTH_SWAPPING": 0, "INNER": 2, "FEW_ROWS": 4, "_intel": lambda: True}.items():
+        monkeypatch.setattr(products, name, value)
+    taken: list[torch.Size] = []
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        taken.append(a.shape)
+        return a @ b
+
+    monkeypatch.setattr(products, "_by_inner", watched)
+    narrow_product(torch.ones(rows, inner), torch.ones(inner, 2))
+    assert bool(taken) == split
+
+
+def test_a_processor_without_a_name_is_not_taken_for_one_of_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    products._intel.cache_clear()
+    try:
+        assert not products._intel()
+    finally:
+        products._intel.cache_clear()
 
 
 @can_be_set

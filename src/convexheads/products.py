@@ -28,7 +28,10 @@ EXACT = 2e-6
 NARROW = {torch.float32: 15, torch.float64: 32}
 """Columns of a second factor up to which ..."""
 WORTH_SWAPPING = 2**14
-"""... and numbers of the first one from which a product is taken the other way round."""
+"""... and numbers of the first one from which a product is not left to torch's BLAS as it is."""
+INNER, FEW_ROWS = 512, 384
+"""On Intel's processors: columns of a first factor that go into one of several products, which are then summed, and its
+rows up to which that gains. MKL has two threads share such a product in a way that takes longer than one."""
 SHAPES = ((300, 660, 100), (64, 64, 64), (37, 1500, 33))
 WORTH = 2_000_000
 """Multiplications from which a product gains; calling oneDNN takes some microseconds longer."""
@@ -136,10 +139,27 @@ def rough_products(device: torch.device) -> contextlib.AbstractContextManager[No
     return _where(device.type == "cpu" and current_budget().roomy and low_precision(device) is not None)
 
 
-def narrow_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, the other way round where ``b`` has few columns: torch's BLAS takes up to five times as long.
+@functools.cache
+def _intel() -> bool:
+    """Whether this is a processor of Intel's, as far as torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is not None and str(capabilities().get("cpu_name", "")).startswith("Intel")
 
-    oneDNN takes both in about the same time.
+
+def _by_inner(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as the sum of the products of INNER columns of ``a`` with as many rows of ``b``, taken at once."""
+    count = a.shape[1] // INNER
+    split = count * INNER
+    parts = a[:, :split].unflatten(1, (count, INNER)).transpose(0, 1) @ b[:split].unflatten(0, (count, INNER))
+    total = parts.sum(0)
+    return total if split == a.shape[1] else total.addmm_(a[:, split:], b[split:])
+
+
+def narrow_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices, otherwise than torch's BLAS has it by itself where ``b`` has few columns.
+
+    The other way round: on AMD's processors MKL takes up to five times as long. On Intel's the product as it is is the
+    fastest, but for few long rows. oneDNN takes all of them in about the same time.
     """
     columns = b.shape[1]
     if (
@@ -151,7 +171,9 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor:
         or _in_force(a.dtype)
     ):
         return a @ b
-    return (b.mT @ a.mT).mT.contiguous()
+    if not _intel():
+        return (b.mT @ a.mT).mT.contiguous()
+    return _by_inner(a, b) if len(a) <= FEW_ROWS and a.shape[1] >= 2 * INNER else a @ b
 
 
 def aligned_product(a: Tensor, b: Tensor) -> Tensor:
