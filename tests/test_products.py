@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from convexheads.products import (
     add_moment,
     aligned_product,
     column_squares,
-    exact_through_onednn,
+    onednn_gains,
     fast_products,
     from_lower,
     narrow_product,
@@ -45,7 +46,7 @@ def test_products_have_the_precision_of_float32(shape: tuple[int, int, int]) -> 
 
 @can_be_set
 def test_the_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     before = products._setting().fp32_precision
 
     def fails() -> None:
@@ -61,17 +62,17 @@ def test_the_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 @can_be_set
 def test_small_products_and_inexact_machines_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = products._setting().fp32_precision
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     with fast_products(WORTH - 1):
         assert products._setting().fp32_precision == before
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: False)
+    monkeypatch.setattr(products, "onednn_gains", lambda: False)
     with fast_products():
         assert products._setting().fp32_precision == before
 
 
 @can_be_set
 def test_a_precision_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     setting = products._setting()
     before = setting.fp32_precision
     setting.fp32_precision = "ieee"
@@ -86,6 +87,7 @@ def test_a_precision_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch)
 def test_a_machine_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where products come out with the precision of bfloat16, as tiles give them, they are not used."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "_intel", lambda: False)
     honest = torch.Tensor.__matmul__
 
     def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -93,10 +95,24 @@ def test_a_machine_that_rounds_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
             return honest(a, b)
         return honest(a.bfloat16().float(), b.bfloat16().float())
 
-    exact_through_onednn.cache_clear()
+    onednn_gains.cache_clear()
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not exact_through_onednn()
-    exact_through_onednn.cache_clear()
+    assert not onednn_gains()
+    onednn_gains.cache_clear()
+
+
+@can_be_set
+def test_intel_processors_keep_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has their widest vectors, too."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for intel in (True, False):
+        monkeypatch.setattr(products, "_intel", lambda intel=intel: intel)
+        tried: list[bool] = []
+        monkeypatch.setattr(products, "_through_onednn", lambda tried=tried: tried.append(True) or nullcontext())
+        onednn_gains.cache_clear()
+        assert onednn_gains() != intel
+        assert bool(tried) != intel
+    onednn_gains.cache_clear()
 
 
 SOME = [
@@ -107,12 +123,20 @@ assert len({case.head for case in SOME}) == 2
 
 def test_low_precision_is_only_for_devices_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    monkeypatch.setattr(products, "_intel", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
     assert products.low_precision(cpu) is None
     expected = torch.bfloat16 if torch.backends.mkldnn.is_available() else None
-    for unit in ("amx_bf16", "avx512_bf16"):
+    # Intel's 512-bit vectors multiply bfloat16 at half the speed of float32.
+    for unit, intel, found in (
+        ("amx_bf16", False, expected),
+        ("amx_bf16", True, expected),
+        ("avx512_bf16", False, expected),
+        ("avx512_bf16", True, None),
+    ):
+        monkeypatch.setattr(products, "_intel", lambda intel=intel: intel)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {unit: True}, raising=False)
-        assert products.low_precision(cpu) is expected
+        assert products.low_precision(cpu) is found
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert products.low_precision(cpu) is None
     assert products.low_precision(torch.device("mps")) is None
@@ -386,13 +410,13 @@ def test_a_processor_without_a_name_is_not_taken_for_one_of_intel(monkeypatch: p
 @can_be_set
 def test_of_few_shapes_those_that_come_first_go_through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_KEPT", {})
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     inside = []
     for key, shapes in (("a", 3), ("b", 0), ("c", 2), ("d", 1), ("a", 0), ("c", 2)):
         with products.repeated_products(key, shapes, 5):
             inside.append(products._in_force(torch.float32))
     assert inside == [True, False, True, False, True, True]
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: False)
+    monkeypatch.setattr(products, "onednn_gains", lambda: False)
     with products.repeated_products("a", 3, 5):
         assert not products._in_force(torch.float32)
 
@@ -404,7 +428,7 @@ def test_whole_chunks_of_limited_fits_go_through_onednn(
 ) -> None:
     """Evaluations repeat products of the same shapes, but for the chunk that is left over."""
     monkeypatch.setattr(products, "_KEPT", {})
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     monkeypatch.setattr(convexheads.evaluation, "BLOCK_GAIN", 0.0)
     monkeypatch.setattr(Problem, "pass_rows", lambda *args: 32)
     taken: list[tuple[int, bool]] = []
@@ -431,7 +455,7 @@ def test_whole_chunks_of_limited_fits_go_through_onednn(
 @can_be_set
 def test_whole_blocks_of_limited_fits_go_through_onednn_whatever_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_KEPT", {})
-    monkeypatch.setattr(products, "exact_through_onednn", lambda: True)
+    monkeypatch.setattr(products, "onednn_gains", lambda: True)
     monkeypatch.setattr(Problem, "pass_rows", lambda *args: 32)
     with memory.limited("200MB"):
         problem = float32_problem(Case("self_attention", n=70, s=6, d=8))

@@ -2,8 +2,8 @@
 
 Torch hands float32 products on a CPU to its BLAS, and, where lower precision is allowed, to oneDNN. On x86
 processors with 512-bit vectors but without bfloat16 tiles oneDNN has nothing lower to offer and computes in float32
-all the same, with the widest vectors there are, where MKL takes half of them on processors of other makers: twice the
-speed. Whether it does is not guessed but tried, once a process, on the products themselves.
+all the same, with the widest vectors there are, where MKL takes half of them on processors of other makers than Intel:
+twice the speed. Whether it does is not guessed but tried, once a process, on the products themselves.
 """
 
 from __future__ import annotations
@@ -37,11 +37,18 @@ WORTH = 2_000_000
 """Multiplications from which a product gains; calling oneDNN takes some microseconds longer."""
 
 
+@functools.cache
+def _intel() -> bool:
+    """Whether this is a processor of Intel's, as far as torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is not None and str(capabilities().get("cpu_name", "")).startswith("Intel")
+
+
 def low_precision(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device has units that multiply matrices of it at least twice as fast as of float32; or None.
 
-    These are the tiles of x86 processors (AMX) and their dot products of 512-bit vectors (AVX512_BF16), and the tensor
-    cores of GPUs (compute capability 8 and above).
+    These are the tiles of x86 processors (AMX), dot products of 512-bit vectors (AVX512_BF16), but for those of Intel's
+    processors, which take twice as long as in float32, and the tensor cores of GPUs (compute capability 8 and above).
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
@@ -49,7 +56,8 @@ def low_precision(device: torch.device) -> torch.dtype | None:
     if device.type != "cpu" or capabilities is None or not torch.backends.mkldnn.is_available():
         return None
     has = capabilities()
-    return torch.bfloat16 if has.get("amx_bf16", False) or has.get("avx512_bf16", False) else None
+    vectors = has.get("avx512_bf16", False) and not _intel()
+    return torch.bfloat16 if has.get("amx_bf16", False) or vectors else None
 
 
 def _setting() -> Any:
@@ -76,10 +84,11 @@ def _through_onednn() -> Iterator[None]:
 
 
 @functools.cache
-def exact_through_onednn() -> bool:
-    """Whether products that torch hands to oneDNN have the precision of float32 on this machine."""
+def onednn_gains() -> bool:
+    """Whether products that torch hands to oneDNN have the precision of float32 here, and take less time than MKL's."""
     if (
         _setting() is None
+        or _intel()
         or not torch.backends.mkldnn.is_available()
         or torch.backends.cpu.get_cpu_capability() != "AVX512"
     ):
@@ -108,7 +117,7 @@ def fast_products(multiplications: float = WORTH) -> contextlib.AbstractContextM
 
     ``multiplications`` is the size of a typical product of the block. A precision that the caller has set is kept.
     """
-    return _where(multiplications >= WORTH and exact_through_onednn())
+    return _where(multiplications >= WORTH and onednn_gains())
 
 
 _KEPT: dict[Hashable, int] = {}
@@ -123,7 +132,7 @@ def repeated_products(key: Hashable, shapes: int, most: int) -> contextlib.Abstr
     """
     if key not in _KEPT and (not shapes or sum(_KEPT.values()) + shapes > most):
         return contextlib.nullcontext()
-    if not exact_through_onednn():
+    if not onednn_gains():
         return contextlib.nullcontext()
     _KEPT.setdefault(key, shapes)
     return _where(True)
@@ -137,13 +146,6 @@ def rough_products(device: torch.device) -> contextlib.AbstractContextManager[No
     torch's BLAS: oneDNN keeps code and buffers for every shape of a product.
     """
     return _where(device.type == "cpu" and current_budget().roomy and low_precision(device) is not None)
-
-
-@functools.cache
-def _intel() -> bool:
-    """Whether this is a processor of Intel's, as far as torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return capabilities is not None and str(capabilities().get("cpu_name", "")).startswith("Intel")
 
 
 def _by_inner(a: Tensor, b: Tensor) -> Tensor:
