@@ -19,10 +19,10 @@ from convexheads.products import (
     add_moment,
     aligned_product,
     column_squares,
-    onednn_gains,
     fast_products,
     from_lower,
     narrow_product,
+    onednn_gains,
     rough_products,
 )
 from convexheads.solvers import warmup
