@@ -171,7 +171,7 @@ def test_features_are_only_kept_where_there_is_room() -> None:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Differences]:
     """Low precision on any device and for any size; all the differences that solves then make."""
-    monkeypatch.setattr(warmup, "LOW_WORK", 0.0)
+    monkeypatch.setattr(warmup, "LARGE_WORK", 0.0)
     monkeypatch.setattr(warmup, "low_precision", lambda device: LOW)
     made: list[Differences] = []
     original = Differences.__init__

@@ -146,7 +146,7 @@ from convexheads import estimators
 from convexheads.cli import main
 from convexheads.solvers import differences, warmup
 
-estimators.SMALL_PROBLEM, warmup.LOW_WORK = 0, 0.0
+estimators.SMALL_PROBLEM, warmup.LARGE_WORK = 0, 0.0
 warmup.low_precision = lambda device: torch.bfloat16
 used, call = [], differences.Differences.__call__
 

@@ -562,8 +562,8 @@ def test_what_is_exact_is_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -
     assert not state.look(factors, 1e-3).sure
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_epochs_are_more_the_smaller_beta_is(low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_epochs_are_more_the_smaller_beta_is(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = float32_problem(Case("self_attention", n=3000, s=4, d=5, loss="cross_entropy"))
     start = random_factors(found, [4], torch.Generator().manual_seed(0), torch.float32)
     scale = rough_beta_max(found)
@@ -573,11 +573,10 @@ def test_epochs_are_more_the_smaller_beta_is(low: bool, monkeypatch: pytest.Monk
         there = found.with_beta(ratio * scale)
         return starts.warmup_epochs(there, start, starts.usual_share(there))
 
-    precision = torch.bfloat16 if low else None
-    monkeypatch.setattr(starts, "lowered", lambda problem, factors: problem.in_low_precision(precision))
+    monkeypatch.setattr(starts, "in_large_products", lambda problem, factors: large)
     each = [epochs(ratio) for ratio in (0.99, 0.3, 0.15, 0.001)]
     assert starts.LEAST_EPOCHS <= each[0] < each[1] < each[2] <= each[3]
-    assert each[3] == (starts.MOST_LOW_EPOCHS if low else starts.MOST_EPOCHS)
+    assert each[3] == (starts.MOST_LARGE_EPOCHS if large else starts.MOST_EPOCHS)
 
 
 def test_solves_start_with_more_units_the_smaller_beta_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -563,15 +564,17 @@ def test_momentum_is_quasi_hyperbolic(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close((x - found).double(), rates * moved, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("low", "epochs", "size"), [(True, 20, 8), (True, 19, 4), (False, 20, 4)])
-def test_minibatches_are_larger_in_low_precision_where_there_are_many(
-    monkeypatch: pytest.MonkeyPatch, low: bool, epochs: int, size: int
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("large", "epochs", "size"), [(True, 20, 8), (True, 19, 4), (False, 20, 4)])
+def test_minibatches_are_larger_where_there_are_many_of_large_products(
+    monkeypatch: pytest.MonkeyPatch, low: bool, large: bool, epochs: int, size: int
 ) -> None:
     problem = float32_problem(replace(SOME[0], n=40))
     monkeypatch.setattr(warmup, "BATCH", 4)
     monkeypatch.setattr(warmup, "LARGE_BATCH", 8)
     monkeypatch.setattr(warmup, "LARGE_STEPS", 20 * problem.n / 8)
     monkeypatch.setattr(warmup, "lowered", lambda own, factors: own.in_low_precision(torch.bfloat16 if low else None))
+    monkeypatch.setattr(warmup, "LARGE_WORK", 0.0 if large else math.inf)
     sizes: set[int] = set()
     take = Problem.stats_of
 
@@ -587,6 +590,24 @@ def test_minibatches_are_larger_in_low_precision_where_there_are_many(
     found = warmup.adam_epochs(problem, start, 0.5, epochs, torch.Generator().manual_seed(0))
     assert max(sizes) == size
     assert problem.value(found) < before
+
+
+def test_products_are_large_where_all_of_a_great_evaluation_in_float32_is_and_memory_is_not_tight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case("self_attention", n=40, loss="cross_entropy")
+    problem = float32_problem(case)
+    factors = random_units(problem).to(torch.float32)
+    work = problem.n * problem.gradient_work(factors)
+    for least, found in ((work, True), (work + 1, False)):
+        monkeypatch.setattr(warmup, "LARGE_WORK", least)
+        assert warmup.in_large_products(problem, factors) == found
+    monkeypatch.setattr(warmup, "LARGE_WORK", 0.0)
+    assert not warmup.in_large_products(problem.in_dtype(torch.float64), factors)
+    gated = float32_problem(replace(case, activation="gated_relu"))
+    assert not warmup.in_large_products(gated, random_units(gated).to(torch.float32))
+    problem.budget = memory.Budget.of(memory.ROOMY - 1)
+    assert not warmup.in_large_products(problem, factors)
 
 
 def with_small_unit(problem: Problem) -> Factors:

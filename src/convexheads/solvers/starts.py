@@ -10,7 +10,7 @@ from torch import Tensor
 from convexheads.problem import Component, Problem
 from convexheads.solvers.proximal import has_vector_blocks, proximal_start
 from convexheads.solvers.units import canonical, filled
-from convexheads.solvers.warmup import BATCH, adam_epochs, lowered
+from convexheads.solvers.warmup import BATCH, adam_epochs, in_large_products
 from convexheads.spectral import leading_pairs
 from convexheads.subspace import PAIRS, ROUNDS, BlockSubspace, rough_beta_max
 from convexheads.types import Factors, Units
@@ -26,8 +26,8 @@ LEAST_EPOCHS, MOST_EPOCHS = 4, 24
 WARMUP_STEPS, USUAL_RATIO, STEPS_POWER = 320, 0.034, -0.56
 """... for so many mini-batches at this share of beta_max, times this power of the quotient at others: what is left is
 noise of mini-batches, which is larger for more units, and more are in use at a smaller beta; ..."""
-MOST_LOW_EPOCHS, LOW_STEPS = 40, 480
-"""... or, where an epoch in low precision costs half of an iteration, so many instead; ..."""
+MOST_LARGE_EPOCHS, LARGE_STEPS = 40, 480
+"""... or, where evaluations are large products, so many instead: an epoch costs less than an iteration; ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
 FEW_UNITS = 20
@@ -191,9 +191,8 @@ def warmup_epochs(problem: Problem, start: Factors, share: float) -> int:
     """Epochs of Adam from small random units; ``share`` is beta / (``USUAL_RATIO`` beta_max)."""
     steps, most = WARMUP_STEPS, MOST_EPOCHS
     # On accelerators mini-batches take about as long as all samples at once.
-    low = problem.device.type == "cpu" and lowered(problem, start).low is not None
-    if problem.world.every(low):
-        steps, most = LOW_STEPS, MOST_LOW_EPOCHS
+    if problem.device.type == "cpu" and in_large_products(problem, start):
+        steps, most = LARGE_STEPS, MOST_LARGE_EPOCHS
     return min(most, max(LEAST_EPOCHS, round(steps * share**STEPS_POWER * BATCH / problem.n)))
 
 

@@ -22,9 +22,9 @@ from convexheads.solvers.units import no_units, principal_units, turned, turned_
 from convexheads.types import Factors
 
 BATCH, LARGE_BATCH, LARGE_STEPS = 512, 1024, 200
-"""Samples of a mini-batch; more in low precision, where a mini-batch costs half as much besides its products as they
-cost, if there are so many steps: noise is the limit then, not their number."""
-LOW_WORK = 1e9
+"""Samples of a mini-batch; more where evaluations are large products, if there are so many steps: noise is the limit
+then, not their number, and a mini-batch costs half as much besides its products as they cost."""
+LARGE_WORK = 1e9
 """Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
 SHARE, LARGE_SHARE = 0.2, 0.25
 """Step size as a share of the expected root mean square of an entry, for mini-batches of either size; it falls to zero
@@ -42,9 +42,15 @@ PRUNED_AT, PRUNED = 0.5, 0.01
 """After this share of the epochs the smallest units go, which together have this share of the weight decay."""
 
 
+def in_large_products(problem: Problem, factors: Factors) -> bool:
+    """Whether an evaluation at so many units is large float32 products throughout, with memory for what they take."""
+    large = problem.n * problem.gradient_work(factors) >= LARGE_WORK
+    return large and problem.wide_products and problem.dtype == torch.float32 and problem.budget.roomy
+
+
 def lowered(problem: Problem, factors: Factors) -> Problem:
     """The problem with products in low precision, where the device has units for them and that is worth it."""
-    if problem.dtype != torch.float32 or problem.n * problem.gradient_work(factors) < LOW_WORK:
+    if not in_large_products(problem, factors):
         return problem
     return problem.in_low_precision(low_precision(problem.device))
 
@@ -113,9 +119,8 @@ def adam_epochs(
 
     ``norm`` is the one that a unit of a component of weight 1 is expected to have.
     """
+    large = epochs * problem.n >= LARGE_STEPS * LARGE_BATCH and in_large_products(problem, factors)
     problem = lowered(problem, factors)
-    many = epochs * problem.n >= LARGE_STEPS * LARGE_BATCH
-    large = problem.world.every(many and problem.low is not None)
     batch, share = (LARGE_BATCH, LARGE_SHARE) if large else (BATCH, SHARE)
     # As vectors: a step takes few operations, however many tensors there are.
     x = factors.flat()
