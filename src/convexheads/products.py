@@ -37,11 +37,16 @@ WORTH = 2_000_000
 """Multiplications from which a product gains; calling oneDNN takes some microseconds longer."""
 
 
+def _capabilities() -> dict[str, Any]:
+    """What torch knows of the processor: nothing, where it does not tell."""
+    found = getattr(torch.cpu, "get_capabilities", None)
+    return {} if found is None else found()
+
+
 @functools.cache
 def _intel() -> bool:
     """Whether this is a processor of Intel's, as far as torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return capabilities is not None and str(capabilities().get("cpu_name", "")).startswith("Intel")
+    return str(_capabilities().get("cpu_name", "")).startswith("Intel")
 
 
 def low_precision(device: torch.device) -> torch.dtype | None:
@@ -52,10 +57,9 @@ def low_precision(device: torch.device) -> torch.dtype | None:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if device.type != "cpu" or capabilities is None or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    has = capabilities()
+    has = _capabilities()
     vectors = has.get("avx512_bf16", False) and not _intel()
     return torch.bfloat16 if has.get("amx_bf16", False) or vectors else None
 

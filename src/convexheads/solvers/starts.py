@@ -26,7 +26,7 @@ LEAST_EPOCHS, MOST_EPOCHS = 4, 24
 WARMUP_STEPS, USUAL_RATIO, STEPS_POWER = 320, 0.034, -0.56
 """... for so many mini-batches at this share of beta_max, times this power of the quotient at others: what is left is
 noise of mini-batches, which is larger for more units, and more are in use at a smaller beta; ..."""
-MOST_LARGE_EPOCHS, LARGE_STEPS = 40, 480
+MOST_LARGE_EPOCHS, LARGE_WARMUP_STEPS = 40, 480
 """... or, where evaluations are large products, so many instead: an epoch costs less than an iteration; ..."""
 MOST_STAGES = 3
 """... once more, with twice the units, as long as nearly all are in use, and so many times at most."""
@@ -192,7 +192,7 @@ def warmup_epochs(problem: Problem, start: Factors, share: float) -> int:
     steps, most = WARMUP_STEPS, MOST_EPOCHS
     # On accelerators mini-batches take about as long as all samples at once.
     if problem.device.type == "cpu" and in_large_products(problem, start):
-        steps, most = LARGE_STEPS, MOST_LARGE_EPOCHS
+        steps, most = LARGE_WARMUP_STEPS, MOST_LARGE_EPOCHS
     return min(most, max(LEAST_EPOCHS, round(steps * share**STEPS_POWER * BATCH / problem.n)))
 
 

@@ -25,7 +25,7 @@ BATCH, LARGE_BATCH, LARGE_STEPS = 512, 1024, 200
 """Samples of a mini-batch; more where evaluations are large products, if there are so many steps: noise is the limit
 then, not their number, and a mini-batch costs half as much besides its products as they cost."""
 LARGE_WORK = 1e9
-"""Multiplications of an evaluation from which those far from the optimum are worth rounding their factors."""
+"""Multiplications from which an evaluation is a large one: worth mini-batches like these, and rounded factors."""
 SHARE, LARGE_SHARE = 0.2, 0.25
 """Step size as a share of the expected root mean square of an entry, for mini-batches of either size; it falls to zero
 in proportion to the steps that are left."""
