@@ -232,6 +232,27 @@ def test_of_statistics_of_the_same_size_no_more_stay_in_memory_than_fit() -> Non
     assert sorted(kinds) == ["FileRows"] * (len(sizes) - 1) + ["Tensor"]
 
 
+@pytest.mark.skipif(memory.library_memory() is None, reason="the system does not tell what its pages are of")
+def test_pages_of_libraries(tmp_path: Path) -> None:
+    before, resident = memory.library_memory(), memory.resident_memory()
+    assert before is not None
+    assert resident is not None
+    assert MB < before < resident
+
+    def grown(name: str) -> int:
+        (tmp_path / name).write_bytes(bytes(8 * MB))
+        pages = np.memmap(tmp_path / name, np.uint8, "r")
+        assert not pages.any()
+        found = memory.library_memory()
+        assert found is not None
+        return found - before
+
+    # Whatever else is read on the way is little.
+    assert abs(grown("tokens.bin")) < 2 * MB
+    assert abs(grown("tokens.so.bin")) < 2 * MB
+    assert 6 * MB < grown("libkernels.so.7") < 10 * MB
+
+
 FIT = """
 import json, sys, time
 import numpy as np
@@ -282,6 +303,21 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     assert max(limited["dual"], free["dual"]) <= min(limited["objective"], free["objective"])
     # Processor time: other processes do not count. What it costs is smaller chunks, and no products in low precision.
     assert limited["seconds"] <= 2.0 * free["seconds"]
+
+    # A command is the first fit of its process: that reads code of libraries, which is told apart.
+    options = ["--head", "mixer", "--beta-ratio", "0.1", "--threads", "1", "--memory-limit", "32MB", "--quiet"]
+    files = ["--out", str(tmp_path / "mixer.safetensors"), "--json", str(tmp_path / "result.json")]
+    command = [sys.executable, "-m", "convexheads", "fit", str(tmp_path / "store"), *options, *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    used = json.loads((tmp_path / "result.json").read_text())["memory"]
+    added = used["peak"] - used["before"]
+    assert f"{memory.readable(added)} of it for the fit" in done.stdout
+    if used["libraries"] is not None:
+        assert f"with {memory.readable(used['libraries'])} of libraries' code (limit" in done.stdout
+        assert 0 < used["libraries"] < added
+        # How many pages of them are read differs from run to run.
+        assert added - used["libraries"] <= 1.05 * 32 * MB
 
 
 FIRST_FIT = """

@@ -68,6 +68,7 @@ MOST_MAPPED = 32 * 2**20
 """... the size from which a block is mapped by itself; this is the largest that is taken."""
 MOST_KEPT = 2**31 - 1
 
+_SHARED_LIBRARY = re.compile(r"\.so(\.\d+)*$")
 _UNITS = {"": 1, "B": 1} | {
     unit + suffix: base**power
     for power, unit in enumerate("KMGT", 1)
@@ -139,6 +140,27 @@ def resident_memory() -> int | None:
     except (OSError, IndexError, ValueError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def library_memory() -> int | None:
+    """Resident pages of shared libraries' files, in bytes; None where the system does not tell (only Linux does).
+
+    Code is read where a function is called for the first time, some 20 MB in the first fit of a process. The system
+    drops such pages where memory is short.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    total, counted = 0, False
+    for line in lines:
+        words = line.split(maxsplit=5)
+        if not words[0].endswith(":"):
+            # The first line of a mapping: addresses, rights, offset, device, inode and, if there is one, the file.
+            counted = len(words) == 6 and _SHARED_LIBRARY.search(words[5]) is not None
+        elif counted and words[0] == "Rss:":
+            total += 1024 * int(words[1])
+    return total
 
 
 def release_pages(array: Any) -> None:

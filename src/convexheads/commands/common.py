@@ -514,11 +514,21 @@ def add_validation(parser: argparse.ArgumentParser, ratios_default: str, patienc
     )
 
 
-def memory_used(before: int | None, limit: int | None) -> dict[str, int | None]:
-    """Bytes of memory for a result: the largest so far, what was held ``before`` the work, the limit, and GPUs'."""
-    from convexheads.memory import device_peak, peak_memory
+def memory_used(before: int | None, limit: int | None, code: int | None = None) -> dict[str, int | None]:
+    """Bytes of memory for a result: the largest so far, what was held ``before`` the work, the limit, and GPUs'.
 
-    return {"peak": peak_memory(), "before": before, "limit": limit, "device_peak": device_peak()}
+    ``code`` : what libraries held of it before the work; ``libraries`` in the result is what they have read since.
+    """
+    from convexheads.memory import device_peak, library_memory, peak_memory
+
+    now = None if code is None else library_memory()
+    return {
+        "peak": peak_memory(),
+        "before": before,
+        "libraries": None if now is None or code is None else max(0, now - code),
+        "limit": limit,
+        "device_peak": device_peak(),
+    }
 
 
 def memory_line(used: dict[str, int | None]) -> str | None:
@@ -531,6 +541,8 @@ def memory_line(used: dict[str, int | None]) -> str | None:
     line = f"peak memory     {readable(peak)}"
     if before is not None:
         line += f", {readable(max(0, peak - before))} of it for the fit"
+        if used["libraries"] is not None:
+            line += f" with {readable(used['libraries'])} of libraries' code"
     line += f" (limit {readable(limit)})" if limit is not None else ""
     device = used["device_peak"]
     return line + (f"; {readable(device)} on the GPU" if device is not None else "")

@@ -200,14 +200,14 @@ def run(args: argparse.Namespace) -> int:
 
     from convexheads import ConvexHeadClassifier, ConvexHeadClassifierCV, distributed
     from convexheads.checkpoint import Checkpoints
-    from convexheads.memory import resident_memory
+    from convexheads.memory import library_memory, resident_memory
 
     world = distributed.current()
     checkpoint = Checkpoints(
         out.with_name(f"{out.name}.checkpoint") if args.checkpoint is None else Path(args.checkpoint),
         args.checkpoint_seconds,
     )
-    before = resident_memory()
+    before, code = resident_memory(), library_memory()
     watch = common.Stopwatch()
     model: Any
     if args.beta is None and args.beta_ratio is None:
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
         "iterations": model.n_iter_,
         "seconds": seconds,
         "workers": world.size,
-        "memory": common.memory_used(before, args.memory_limit),
+        "memory": common.memory_used(before, args.memory_limit, code),
         "path": getattr(model, "path_", None),
         "solver": args.solver,
         "message": model.message_,
