@@ -251,6 +251,21 @@ def test_pages_of_libraries(tmp_path: Path) -> None:
     assert abs(grown("tokens.bin")) < 2 * MB
     assert abs(grown("tokens.so.bin")) < 2 * MB
     assert 6 * MB < grown("libkernels.so.7") < 10 * MB
+    # A name that is no text stands in the way of nothing.
+    odd = tmp_path / os.fsdecode(b"odd\xff.so")
+    odd.write_bytes(bytes(8 * MB))
+    pages = np.memmap(odd, np.uint8, "r")
+    assert not pages.any()
+    assert memory.library_memory() >= before + 6 * MB
+
+
+def printed_by(*command: str, **environment: str) -> str:
+    """What Python prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 FIT = """
@@ -290,12 +305,8 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     script.write_text(FIT)
 
     def run(limit: str) -> dict[str, float]:
-        command = [sys.executable, str(script), limit, str(tmp_path / "store")]
         # One thread: two that wait for each other on a busy machine count as working.
-        one = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(printed_by(str(script), limit, str(tmp_path / "store"), OMP_NUM_THREADS="1"))
 
     limited, free = run("32MB"), run("none")
     assert limited["added"] <= 32 * MB
@@ -307,14 +318,12 @@ def test_a_store_of_three_times_the_limit(tmp_path: Path) -> None:
     # A command is the first fit of its process: that reads code of libraries, which is told apart.
     options = ["--head", "mixer", "--beta-ratio", "0.1", "--threads", "1", "--memory-limit", "32MB", "--quiet"]
     files = ["--out", str(tmp_path / "mixer.safetensors"), "--json", str(tmp_path / "result.json")]
-    command = [sys.executable, "-m", "convexheads", "fit", str(tmp_path / "store"), *options, *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    printed = printed_by("-m", "convexheads", "fit", str(tmp_path / "store"), *options, *files)
     used = json.loads((tmp_path / "result.json").read_text())["memory"]
     added = used["peak"] - used["before"]
-    assert f"{memory.readable(added)} of it for the fit" in done.stdout
+    assert f"{memory.readable(added)} of it for the fit" in printed
     if used["libraries"] is not None:
-        assert f"with {memory.readable(used['libraries'])} of libraries' code (limit" in done.stdout
+        assert f"with {memory.readable(used['libraries'])} of libraries' code (limit" in printed
         assert 0 < used["libraries"] < added
         # How many pages of them are read differs from run to run.
         assert added - used["libraries"] <= 1.05 * 32 * MB
@@ -343,10 +352,7 @@ def test_the_least_limit_is_kept_by_the_first_fit_of_a_process() -> None:
     """Where blocks are large it loads more code of libraries than the outputs and blocks of a small limit leave."""
 
     def run(limit: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-c", FIRST_FIT, limit]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return printed_by("-W", "ignore", "-c", FIRST_FIT, limit)
 
     # Outputs of 2,000 x 80, and Gamma of 784 x 2,240 with its Gram matrix and factor.
     fixed = 64 * 2000 * 80 + 8 * (3 * 784 * 2240 + 2 * 784**2)

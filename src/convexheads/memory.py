@@ -148,18 +148,19 @@ def library_memory() -> int | None:
     Code is read where a function is called for the first time, some 20 MB in the first fit of a process. The system
     drops such pages where memory is short.
     """
+    total, counted = 0, False
     try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
+        # Line by line: all of it is some MB, which would count as what is measured here.
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                words = line.split(maxsplit=5)
+                if not words[0].endswith(":"):
+                    # The first line of a mapping: addresses, rights, offset, device, inode and the file, if any.
+                    counted = len(words) == 6 and _SHARED_LIBRARY.search(words[5].rstrip()) is not None
+                elif counted and words[0] == "Rss:":
+                    total += 1024 * int(words[1])
     except OSError:
         return None
-    total, counted = 0, False
-    for line in lines:
-        words = line.split(maxsplit=5)
-        if not words[0].endswith(":"):
-            # The first line of a mapping: addresses, rights, offset, device, inode and, if there is one, the file.
-            counted = len(words) == 6 and _SHARED_LIBRARY.search(words[5]) is not None
-        elif counted and words[0] == "Rss:":
-            total += 1024 * int(words[1])
     return total
 
 

@@ -521,9 +521,11 @@ def memory_used(before: int | None, limit: int | None, code: int | None = None) 
     """
     from convexheads.memory import device_peak, library_memory, peak_memory
 
+    # First, because to look takes memory, too.
+    peak = peak_memory()
     now = None if code is None else library_memory()
     return {
-        "peak": peak_memory(),
+        "peak": peak,
         "before": before,
         "libraries": None if now is None or code is None else max(0, now - code),
         "limit": limit,

@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         out.with_name(f"{out.name}.checkpoint") if args.checkpoint is None else Path(args.checkpoint),
         args.checkpoint_seconds,
     )
-    before, code = resident_memory(), library_memory()
+    code, before = library_memory(), resident_memory()
     watch = common.Stopwatch()
     model: Any
     if args.beta is None and args.beta_ratio is None:
